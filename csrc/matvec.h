@@ -1,0 +1,8 @@
+#pragma once
+#include <cstdint>
+
+namespace winnow {
+
+struct MatvecKernels {};
+
+}  // namespace winnow

@@ -1,0 +1,8 @@
+#pragma once
+#include <cstdint>
+
+namespace winnow {
+
+struct QuantizeKernels {};
+
+}  // namespace winnow

@@ -1,0 +1,21 @@
+#include "kernels.h"
+
+namespace winnow {
+namespace WINNOW_ISA {
+
+// Each <op>_kernels() is defined in the op's own file, in this namespace.
+PrefillKernels prefill_kernels();
+DecodeKernels decode_kernels();
+MatvecKernels matvec_kernels();
+KeyScanKernels key_scan_kernels();
+TopKKernels top_k_kernels();
+QuantizeKernels quantize_kernels();
+
+const KernelTable* table() {
+  static const KernelTable kernels{prefill_kernels(), decode_kernels(), matvec_kernels(),
+                                   key_scan_kernels(), top_k_kernels(), quantize_kernels()};
+  return &kernels;
+}
+
+}  // namespace WINNOW_ISA
+}  // namespace winnow

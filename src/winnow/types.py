@@ -1,0 +1,374 @@
+"""The data that passes between the parts, and the legend of their shapes.
+
+Everything here is plain data: no part, no engine and no store is known in this file.
+Counts are integers, positions are the logical positions that RoPE sees.
+
+Shape legend (used as suffixes in dense tensor code, and in every docstring)::
+
+    B   sequences in a batch          T   new tokens of one sequence in this step
+    S   stored entries of one head    H   KV heads
+    G   query heads per KV head       D   head size
+    L   layers                        C   reserved capacity of a segment, in entries
+
+Query heads are numbered ``h * G + g``: the ``G`` query heads of KV head ``h`` are adjacent.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+__all__ = [
+    "AttentionSpec",
+    "Blocks",
+    "Budget",
+    "EVERYTHING",
+    "Dense",
+    "Form",
+    "Needs",
+    "Observation",
+    "Partial",
+    "Pattern",
+    "Plan",
+    "Scores",
+    "Segment",
+    "Selection",
+    "Stripes",
+    "Tier",
+    "View",
+    "Window",
+]
+
+Tier = Literal["device", "host", "disk"]
+
+
+# --------------------------------------------------------------------------- attention
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionSpec:
+    """What a model fixes about one layer's attention, whatever the recipe.
+
+    Attributes
+    ----------
+    scale : float
+        Factor on the query-key products.
+    window : int or None
+        Sliding window of the model: entry at position ``j`` is visible to a query at ``i``
+        only if ``i - j < window``.
+    softcap : float or None
+        Logits become ``softcap * tanh(logits / softcap)``.
+    sinks : Tensor or None
+        ``[H * G]`` learned sink logits: each head's softmax has one more term
+        ``exp(sinks[h])`` whose value is zero (GPT-OSS).
+    """
+
+    scale: float
+    window: int | None = None
+    softcap: float | None = None
+    sinks: Tensor | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Segment:
+    """Stored entries of one layer that share codec, tier and rotary table.
+
+    Storage is ragged: head ``h`` holds ``lengths[h]`` entries, in ascending position, at the
+    front of its own reserved region. Memory behind ``lengths[h]`` is reserved, not valid.
+
+    Attributes
+    ----------
+    k, v : Tensor
+        ``[H, C, D]``. Only the last dimension must be contiguous.
+    lengths : Tensor
+        ``[H]`` int32 on the CPU.
+    start : int
+        Position of entry 0 where ``positions`` is None: entry ``e`` is at ``start + e``.
+    positions : Tensor or None
+        ``[H, C]`` int32, ascending within each head; None where positions are consecutive.
+    bias : Tensor or None
+        ``[H, C]`` float32 added to the scaled logit of an entry (merged and compensating
+        entries stand for several tokens).
+    tier : {"device", "host", "disk"}
+        Where the bytes lie.
+    """
+
+    k: Tensor
+    v: Tensor
+    lengths: Tensor
+    start: int = 0
+    positions: Tensor | None = None
+    bias: Tensor | None = None
+    tier: Tier = "host"
+
+    @property
+    def heads(self) -> int:
+        return self.k.shape[0]
+
+    def positions_of(self, head: int) -> Tensor:
+        """``[S]`` int32 positions of the valid entries of one head."""
+        n = int(self.lengths[head])
+        if self.positions is not None:
+            return self.positions[head, :n]
+        return torch.arange(self.start, self.start + n, dtype=torch.int32, device=self.k.device)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Partial:
+    """Attention over some of the entries, in a form that merges exactly with the rest.
+
+    Attributes
+    ----------
+    out : Tensor
+        ``[T, H * G, D]``; the softmax over *these* entries applied to their values. Zero
+        where a query saw none of them.
+    lse : Tensor
+        ``[T, H * G]`` float32, natural logarithm of the sum of exponentials; ``-inf`` where a
+        query saw none.
+    pairs : int
+        Query-key scores inside the mask, summed over query heads: the work done.
+    row_max : Tensor or None
+        ``[T, H * G]`` float32 largest scaled logit, only where it was asked for.
+    logits : Tensor or None
+        ``[H * G, S]`` float32 scaled logits of a decode step (``-inf`` where not read), only
+        where they were asked for.
+    """
+
+    out: Tensor
+    lse: Tensor
+    pairs: int
+    row_max: Tensor | None = None
+    logits: Tensor | None = None
+
+
+# --------------------------------------------------------------------------- generation
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dense:
+    """Every query reads every earlier entry."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Window:
+    """The first ``init`` positions and the last ``local`` ones, the query's own included.
+
+    Entry at position ``j`` is visible to a query at ``i`` iff ``j <= i`` and
+    (``j < init`` or ``i - j < local``). With ``align`` above 1 the local part begins at the
+    query's position rounded down to a multiple of ``align``, then ``local - align`` earlier.
+    """
+
+    init: int
+    local: int
+    align: int = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Blocks:
+    """Block-sparse CSR per query head: which key blocks each query block reads.
+
+    Query block ``r`` holds rows ``r * block .. r * block + block - 1`` of this call; key block
+    ``c`` holds entries ``c * block .. c * block + block - 1`` of the segment. The causal mask
+    is applied inside a block. Columns are ascending and unique within a row.
+
+    Attributes
+    ----------
+    block : int
+        Rows and columns of a block.
+    offsets : Tensor
+        ``[H * G, ceil(T / block) + 1]`` int32 into ``columns``.
+    columns : Tensor
+        ``[nnz]`` int32 key-block numbers.
+    """
+
+    block: int
+    offsets: Tensor
+    columns: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stripes:
+    """Single key columns shared by a run of queries (vertical stripes).
+
+    Row ``t`` of this call reads the entries listed for super-block ``(t + phase) // rows``. The
+    causal mask is applied.
+
+    Attributes
+    ----------
+    rows : int
+        Query rows that share a list.
+    phase : int
+        Rows of the first super-block that an earlier call already had (chunked prefill).
+    offsets : Tensor
+        ``[H * G, ceil((T + phase) / rows) + 1]`` int32 into ``columns``.
+    columns : Tensor
+        ``[nnz]`` int32 entry numbers, ascending and unique within a list.
+    """
+
+    rows: int
+    phase: int
+    offsets: Tensor
+    columns: Tensor
+
+
+Form = Dense | Window | Blocks | Stripes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pattern:
+    """What a prefill computes over one segment.
+
+    ``form`` is handed to the kernel. ``done`` is attention that the part already computed
+    while choosing, over entries that ``form`` does not list; the two are merged. A part that
+    needs nothing beyond ``done`` leaves ``form`` None.
+    """
+
+    form: Form | None
+    done: Partial | None = None
+
+
+# --------------------------------------------------------------------------- compression
+
+
+@dataclass(frozen=True, kw_only=True)
+class Needs:
+    """What a part asks of the engine; nothing is computed that nobody asked for.
+
+    Attributes
+    ----------
+    window_queries : int
+        Keep the post-RoPE queries of the last so many prompt tokens.
+    profile : bool
+        The part reads an offline profile, which the recipe must name.
+    layer_walk : bool
+        The runner must walk the layers itself (the token set changes inside the stack).
+    """
+
+    window_queries: int = 0
+    profile: bool = False
+    layer_walk: bool = False
+
+    def __or__(self, other: Needs) -> Needs:
+        return Needs(
+            window_queries=max(self.window_queries, other.window_queries),
+            profile=self.profile or other.profile,
+            layer_walk=self.layer_walk or other.layer_walk,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Observation:
+    """Tensors that were asked for, of one layer of one sequence.
+
+    Attributes
+    ----------
+    layer : int
+    spec : AttentionSpec
+    segments : tuple of Segment
+        Every entry that the layer holds now, decoded, in ascending position.
+    queries : Tensor or None
+        ``[W, H * G, D]`` post-RoPE queries of the last ``W`` prompt tokens.
+    query_positions : Tensor or None
+        ``[W]`` int32.
+    """
+
+    layer: int
+    spec: AttentionSpec
+    segments: tuple[Segment, ...]
+    queries: Tensor | None = None
+    query_positions: Tensor | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scores:
+    """Importance of every entry of one layer.
+
+    Attributes
+    ----------
+    value : Tensor
+        ``[H, S]`` float32; ``-inf`` behind the end of a shorter head.
+    protected : Tensor
+        ``[H, S]`` bool: kept whatever its score. A mask, never a large score.
+    lengths : Tensor
+        ``[H]`` int32 valid entries per head.
+    """
+
+    value: Tensor
+    protected: Tensor
+    lengths: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Budget:
+    """How many entries each KV head of one layer may hold: ``[H]`` int32."""
+
+    entries: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What becomes of the entries of one layer.
+
+    Attributes
+    ----------
+    keep : tuple of Tensor, or None
+        Per head ``[n]`` int64 entry numbers that stay, ascending and unique; the others are
+        dropped. None keeps everything.
+    codec : str or None
+        Codec that the oldest entries (of those that stay) are demoted to.
+    demote : int
+        How many entries of every head are demoted; a multiple of the page size.
+    tier : Tier or None
+        Tier that the demoted entries move to.
+    """
+
+    keep: tuple[Tensor, ...] | None = None
+    codec: str | None = None
+    demote: int = 0
+    tier: Tier | None = None
+
+
+# --------------------------------------------------------------------------- loading
+
+
+@dataclass(frozen=True, kw_only=True)
+class Selection:
+    """Entries that a decode step reads from one segment, by list.
+
+    Attributes
+    ----------
+    indices : Tensor
+        ``[R, N]`` int32, ``R`` is ``H`` (one list per KV head) or ``H * G`` (one per query
+        head). Entry numbers where ``page`` is 1, page numbers otherwise; page ``p`` holds
+        entries ``p * page .. min((p + 1) * page, length) - 1``. Unique within a row.
+    counts : Tensor
+        ``[R]`` int32 valid indices per row.
+    page : int
+    """
+
+    indices: Tensor
+    counts: Tensor
+    page: int = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class View:
+    """What one decode step reads of one layer.
+
+    Attributes
+    ----------
+    selections : tuple of (Selection or None), or None
+        One per segment of the layer; None reads the whole segment. The entry that this step
+        appended is always among them.
+    want_logits : bool
+        Hand the scaled logits of this step to the selector's ``observe``.
+    """
+
+    selections: tuple[Selection | None, ...] | None = None
+    want_logits: bool = False
+
+
+EVERYTHING = View()
