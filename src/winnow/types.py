@@ -94,6 +94,9 @@ class Segment:
         entries stand for several tokens).
     tier : {"device", "host", "disk"}
         Where the bytes lie.
+    version : int
+        Changes whenever anything but an append happened to the entries (a gather, a rollback,
+        a move), so that side data kept beside a segment knows when it is stale.
     """
 
     k: Tensor
@@ -103,10 +106,17 @@ class Segment:
     positions: Tensor | None = None
     bias: Tensor | None = None
     tier: Tier = "host"
+    version: int = 0
 
     @property
     def heads(self) -> int:
+        """KV heads ``H``."""
         return self.k.shape[0]
+
+    @property
+    def bytes_per_entry(self) -> int:
+        """Bytes that reading one entry (K and V of one head) moves."""
+        return 2 * self.k.shape[2] * self.k.element_size()
 
     def positions_of(self, head: int) -> Tensor:
         """``[S]`` int32 positions of the valid entries of one head."""
@@ -267,8 +277,8 @@ class Observation:
     ----------
     layer : int
     spec : AttentionSpec
-    segments : tuple of Segment
-        Every entry that the layer holds now, decoded, in ascending position.
+    segment : Segment
+        Every entry that the layer holds now, in ascending position, in one decoded segment.
     queries : Tensor or None
         ``[W, H * G, D]`` post-RoPE queries of the last ``W`` prompt tokens.
     query_positions : Tensor or None
@@ -277,7 +287,7 @@ class Observation:
 
     layer: int
     spec: AttentionSpec
-    segments: tuple[Segment, ...]
+    segment: Segment
     queries: Tensor | None = None
     query_positions: Tensor | None = None
 

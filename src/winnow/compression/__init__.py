@@ -1,0 +1,1 @@
+"""Compression: what stays of the computed entries, and in which form."""

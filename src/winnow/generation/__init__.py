@@ -1,0 +1,1 @@
+"""Generation: which query-key scores a prefill computes."""

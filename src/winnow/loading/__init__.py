@@ -1,0 +1,1 @@
+"""Loading: which stored entries a decode step reads."""

@@ -1,0 +1,1 @@
+"""Retrieval: fetching reusable KV from a pool."""
