@@ -1,0 +1,277 @@
+"""The front door: ``winnow.load`` and what it returns."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from collections.abc import Sequence as Seq
+from pathlib import Path
+from typing import Any, overload
+
+import torch
+
+from winnow import methods
+from winnow.engine.engine import Engine, Event, Progress
+from winnow.engine.request import Result, SamplingParams
+from winnow.engine.scheduler import Limits
+from winnow.engine.session import Session
+from winnow.kernels.backend import Backend
+from winnow.models.load import load_model
+from winnow.models.text import Text
+from winnow.recipe import Recipe
+from winnow.store import files
+
+__all__ = ["LLM", "ChatSession", "TextSession", "load", "load_session"]
+
+Prompt = str | Seq[int]
+Message = Mapping[str, str]
+
+
+def load(
+    model: Any,
+    *,
+    recipe: Recipe | str | Path | None = None,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device | None = None,
+    runner: str = "auto",
+    backend: Backend = "auto",
+    max_num_batched_tokens: int = 4096,
+    max_num_seqs: int = 64,
+) -> LLM:
+    """Load a model and put a recipe on it.
+
+    Parameters
+    ----------
+    model : str, Path or transformers model
+        A directory, a hub name (the only case that may use a network), ``"embedded"``, or a
+        ``transformers`` model already in memory, which stays usable.
+    recipe : Recipe, str, Path or None
+        A recipe, a YAML file, or the name of a method or packaged recipe; None is full
+        attention with everything kept.
+    dtype, device : optional
+        Default: the dtype of the weights; a CUDA device where there is one.
+    runner : {"auto", "general", "fused"}
+        Which code walks the layers; ``auto`` takes the fused one where its logits agree.
+    backend : {"auto", "native", "triton", "reference"}
+        Kernel implementation to demand.
+    max_num_batched_tokens, max_num_seqs : int
+        Limits of one engine step.
+
+    Raises
+    ------
+    ValueError
+        Unsupported or damaged model, unknown recipe: one line that says what to do.
+    """
+    if not isinstance(recipe, Recipe):
+        recipe = Recipe() if recipe is None else methods.load(recipe)
+    language_model, text = load_model(model, dtype=dtype, device=device, runner=runner)
+    limits = Limits(max_num_batched_tokens=max_num_batched_tokens, max_num_seqs=max_num_seqs)
+    return LLM(language_model, text, recipe, limits, backend)
+
+
+def load_session(path: str | Path, llm: LLM | None = None) -> TextSession:
+    """Open a session that ``session.save`` wrote.
+
+    Parameters
+    ----------
+    path : str or Path
+    llm : LLM or None
+        The model and recipe to continue with, which must be those of the file. None loads the
+        model by the name in the file (which must then be a directory, hub name or ``embedded``)
+        with the recipe that is stored in it.
+    """
+    if llm is None:
+        header = files.read_header(Path(path))
+        llm = load(header["model_name"], recipe=Recipe.from_yaml(header["recipe_yaml"]))
+    return llm.load_session(path)
+
+
+class LLM:
+    """A model under a recipe. Made by :func:`load`."""
+
+    def __init__(
+        self, model: Any, text: Text | None, recipe: Recipe, limits: Limits, backend: Backend
+    ) -> None:
+        self.model = model
+        self.text = text
+        self.recipe = recipe
+        self.engine = Engine(
+            model, recipe, limits=limits, backend=backend, words=None if text is None else text.stream
+        )
+
+    # ------------------------------------------------------------------ text and tokens
+
+    def tokens(self, prompt: Prompt, *, special: bool = True) -> list[int]:
+        """Token ids of a prompt; ids pass through. ``special`` adds a begin token."""
+        if not isinstance(prompt, str):
+            return [int(t) for t in prompt]
+        return self._text().encode(prompt, special=special)
+
+    def _text(self) -> Text:
+        if self.text is None:
+            raise ValueError("this model came without a tokenizer; give token ids instead of text")
+        return self.text
+
+    # ------------------------------------------------------------------ requests
+
+    @overload
+    def generate(self, prompts: Prompt, **options: Any) -> Result: ...
+    @overload
+    def generate(self, prompts: Seq[str] | Seq[Seq[int]], **options: Any) -> list[Result]: ...
+    def generate(
+        self,
+        prompts: Prompt | Seq[str] | Seq[Seq[int]],
+        *,
+        progress: Progress | None = None,
+        salt: str = "",
+        **options: Any,
+    ) -> Result | list[Result]:
+        """Generate for one prompt or for many at once.
+
+        Parameters
+        ----------
+        prompts : str, list of int, or a list of either
+            One prompt gives one :class:`Result`; a list gives a list in the same order.
+        progress : callable or None
+            Called after each step with prompt tokens done, in all, and tokens generated.
+        salt : str
+            Requests of different salts share nothing through a pool.
+        **options
+            Fields of :class:`SamplingParams`: ``max_new_tokens``, ``temperature``, ``top_p``,
+            ``top_k``, ``min_p``, ``seed``, ``stop``, ``ignore_eos``, ``n``, ``logprobs``.
+        """
+        many = _many(prompts)
+        batch = list(prompts) if many else [prompts]
+        params = sampling(options)
+        ids = [self.tokens(prompt) for prompt in batch]  # type: ignore[arg-type]
+        results: list[Result] = []
+        try:
+            for one in ids:
+                results.append(self.engine.submit(one, params, salt=salt))
+        except ValueError:
+            for result in results:
+                self.engine.cancel(result)
+            raise
+        for _ in self.engine.events(progress):
+            pass
+        return results if many else results[0]
+
+    def stream(
+        self, prompt: Prompt, *, progress: Progress | None = None, salt: str = "", **options: Any
+    ) -> Iterator[Event]:
+        """Generate for one prompt, token by token."""
+        self.engine.submit(self.tokens(prompt), sampling(options), salt=salt)
+        return self.engine.events(progress)
+
+    def chat(self, messages: Seq[Message], **options: Any) -> Result:
+        """Answer a conversation given as ``{"role": ..., "content": ...}`` messages."""
+        return self.generate(self._text().chat(messages), **options)
+
+    # ------------------------------------------------------------------ sessions
+
+    def session(self) -> TextSession:
+        """Start a multi-turn session."""
+        return TextSession(self, Session(self.engine))
+
+    def load_session(self, path: str | Path) -> TextSession:
+        """Open a saved session with this model and recipe."""
+        return TextSession(self, Session.load(self.engine, path))
+
+
+class TextSession:
+    """A :class:`Session` that speaks text as well as tokens."""
+
+    def __init__(self, llm: LLM, session: Session) -> None:
+        self._llm = llm
+        self._session = session
+
+    @property
+    def tokens(self) -> list[int]:
+        """All tokens so far: prompts and answers."""
+        return self._session.tokens
+
+    def _new(self, prompt: Prompt) -> list[int]:
+        # A begin token stands only where the sequence begins.
+        return self._llm.tokens(prompt, special=not self._session.tokens)
+
+    def generate(self, prompt: Prompt, *, progress: Progress | None = None, **options: Any) -> Result:
+        """Append a prompt, generate, keep both for the next turn."""
+        return self._session.run(self._new(prompt), sampling(options), progress)
+
+    def stream(self, prompt: Prompt, *, progress: Progress | None = None, **options: Any) -> Iterator[Event]:
+        """As :meth:`generate`, token by token."""
+        return self._session.stream(self._new(prompt), sampling(options), progress)
+
+    def fork(self) -> TextSession:
+        """A session that starts from this one's context without computing it again."""
+        return TextSession(self._llm, self._session.fork())
+
+    def bytes_stored(self) -> dict[str, int]:
+        """Measured KV bytes held now, by ``tier/codec``."""
+        return self._session.bytes_stored()
+
+    def save(self, path: str | Path) -> None:
+        """Write the session to disk, atomically; see :meth:`Session.save`."""
+        self._session.save(path)
+
+    def close(self) -> None:
+        """Free the entries."""
+        self._session.close()
+
+    def __enter__(self) -> TextSession:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class ChatSession:
+    """A conversation that computes only what each message adds.
+
+    The chat template is applied to the whole conversation; where its tokens continue those of
+    the session, only the rest is computed, otherwise the conversation is computed afresh.
+    """
+
+    def __init__(self, llm: LLM) -> None:
+        self._llm = llm
+        self._messages: list[dict[str, str]] = []
+        self._session = Session(llm.engine)
+
+    def stream(self, content: str, *, progress: Progress | None = None, **options: Any) -> Iterator[Event]:
+        """Send a user message and stream the answer, which joins the conversation at its end."""
+        messages = [*self._messages, {"role": "user", "content": content}]
+        ids, seen = self._llm._text().chat(messages), self._session.tokens
+        if seen and ids[: len(seen)] == seen and len(ids) > len(seen):
+            ids = ids[len(seen) :]
+        elif seen:
+            self._session.close()
+            self._session = Session(self._llm.engine)
+        text = ""
+        for event in self._session.stream(ids, sampling(options), progress):
+            text = event.sample.text
+            yield event
+        self._messages = [*messages, {"role": "assistant", "content": text}]
+
+    def close(self) -> None:
+        """Free the entries."""
+        self._session.close()
+
+
+def sampling(options: Mapping[str, Any]) -> SamplingParams:
+    """Options as a user gives them, checked: a lone stop string becomes a tuple."""
+    values = dict(options)
+    if isinstance(stop := values.get("stop"), str):
+        values["stop"] = (stop,)
+    elif stop is not None:
+        values["stop"] = tuple(stop)
+    known = SamplingParams.__dataclass_fields__
+    for name in values:
+        if name not in known:
+            raise ValueError(f"unknown option {name!r}; there are {', '.join(known)}")
+    return SamplingParams(**values)
+
+
+def _many(prompts: Any) -> bool:
+    if isinstance(prompts, str):
+        return False
+    first = next(iter(prompts), 0)
+    return isinstance(first, (str, list, tuple)) or hasattr(first, "__len__")

@@ -1,0 +1,202 @@
+"""Attend: the one place where the parts of a recipe meet the model.
+
+A :class:`StepAttention` lives for one engine step. The model calls it once per layer with the
+packed queries, keys and values; it appends the new entries to each sequence's store, asks
+generation for a pattern (prefill) or loading for a view (decode), calls the kernels, merges
+what they return and hands observations to the parts that asked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from winnow.engine.request import Stats
+from winnow.engine.sequence import Sequence
+from winnow.generation.protocol import PrefillLayer
+from winnow.kernels.backend import Backend
+from winnow.kernels.decode import decode
+from winnow.kernels.merge import add_sinks, merge
+from winnow.kernels.prefill import prefill
+from winnow.loading.protocol import DecodeLayer
+from winnow.store.codecs import EncodedSegment
+from winnow.types import EVERYTHING, AttentionSpec, Dense, Partial, Pattern, Segment, Selection
+
+__all__ = ["Slice", "StepAttention"]
+
+_WHOLE = Pattern(form=Dense())
+# Entries of an encoded segment that are decoded at a time while decoding a token: K and V of
+# one tile of all heads stay in the second-level cache.
+_TILE = 1024
+
+
+@dataclass(frozen=True, kw_only=True)
+class Slice:
+    """Rows ``first .. last - 1`` of the packed batch: the new tokens of one sequence.
+
+    Attributes
+    ----------
+    prompt : bool
+        The rows are prompt tokens (generation acts), not a decode step (loading acts).
+    final : bool
+        The prompt ends with this slice.
+    """
+
+    sequence: Sequence
+    stats: Stats
+    first: int
+    last: int
+    prompt: bool
+    final: bool
+
+
+class StepAttention:
+    """The attention callable of one step; see the module's text."""
+
+    def __init__(self, slices: list[Slice], layers: int, backend: Backend = "auto") -> None:
+        self._slices = slices
+        self._layers = layers
+        self._backend = backend
+        self.specs: list[AttentionSpec] = []
+        self._positions = [
+            torch.arange(at := s.sequence.store.length, at + s.last - s.first, dtype=torch.int32)
+            for s in slices
+        ]
+
+    def __call__(
+        self, layer: int, q_NHD: Tensor, k_NHD: Tensor, v_NHD: Tensor, spec: AttentionSpec
+    ) -> Tensor:
+        """Attention of layer ``layer`` over the packed rows; shapes as in ``types.Attend``."""
+        self.specs.append(spec)
+        outs = []
+        for part, positions_T in zip(self._slices, self._positions, strict=True):
+            rows = slice(part.first, part.last)
+            part.sequence.store.append(layer, k_NHD[rows], v_NHD[rows], positions_T)
+            run = self._prefill if part.prompt else self._decode
+            partial = run(part, layer, q_NHD[rows], positions_T, spec)
+            if spec.sinks is not None:
+                partial = add_sinks(partial, spec.sinks)
+            outs.append(partial.out.to(q_NHD.dtype))
+        return outs[0] if len(outs) == 1 else torch.cat(outs)
+
+    # ------------------------------------------------------------------ prefill
+
+    def _prefill(
+        self, part: Slice, layer: int, q_THD: Tensor, positions_T: Tensor, spec: AttentionSpec
+    ) -> Partial:
+        sequence = part.sequence
+        segments = tuple(segment.decode() for segment in sequence.store.segments(layer))
+        sequence.watch(layer, q_THD)
+        generation = sequence.recipe.generation
+        if generation is None:
+            patterns: tuple[Pattern, ...] = (_WHOLE,) * len(segments)
+        else:
+            ctx = PrefillLayer(
+                layer=layer,
+                layers=self._layers,
+                q=q_THD,
+                query_positions=positions_T,
+                segments=segments,
+                spec=spec,
+                backend=self._backend,
+            )
+            patterns = generation.patterns(ctx, sequence.generation_state)
+        partials: list[Partial] = []
+        for segment, pattern in zip(segments, patterns, strict=True):
+            if pattern.done is not None:
+                partials.append(pattern.done)
+            if pattern.form is not None:
+                partials.append(
+                    prefill(
+                        q_THD,
+                        segment,
+                        spec=spec,
+                        query_positions=positions_T,
+                        form=pattern.form,
+                        backend=self._backend,
+                    )
+                )
+        part.stats.score_entries += sum(p.pairs for p in partials)
+        return merge(partials)
+
+    # ------------------------------------------------------------------ decode
+
+    def _decode(
+        self, part: Slice, layer: int, q_THD: Tensor, positions_T: Tensor, spec: AttentionSpec
+    ) -> Partial:
+        assert q_THD.shape[0] == 1, "a decode step advances a sequence by one token"
+        sequence, loading = part.sequence, part.sequence.recipe.loading
+        segments = sequence.store.segments(layer)
+        q_HD, position = q_THD[0], int(positions_T[0])
+        view = EVERYTHING
+        if loading is not None:
+            ctx = DecodeLayer(
+                layer=layer,
+                layers=self._layers,
+                q=q_HD,
+                position=position,
+                segments=segments,
+                spec=spec,
+                backend=self._backend,
+            )
+            view = loading.select(ctx, sequence.loading_state)
+            if view.scanned:
+                _add(part.stats.bytes_read, "host/index", view.scanned)
+        selections = view.selections or (None,) * len(segments)
+        partials: list[Partial] = []
+        logits: list[Tensor] = []
+        for segment, selection in zip(segments, selections, strict=True):
+            seen = []
+            for piece, chosen in _pieces(segment, selection):
+                partial = decode(
+                    q_HD,
+                    piece,
+                    spec=spec,
+                    position=position,
+                    selection=chosen,
+                    want_logits=view.want_logits,
+                    backend=self._backend,
+                )
+                self._count(part.stats, segment, piece, chosen, partial)
+                partials.append(partial)
+                seen.append(partial.logits)
+            if view.want_logits:
+                logits.append(torch.cat([x for x in seen if x is not None], -1))
+        if loading is not None and view.want_logits:
+            loading.observe(ctx, logits, sequence.loading_state)
+        return merge(partials)
+
+    @staticmethod
+    def _count(
+        stats: Stats,
+        stored: Segment | EncodedSegment,
+        read: Segment,
+        selection: Selection | None,
+        partial: Partial,
+    ) -> None:
+        stats.decode_score_entries += partial.pairs
+        query_heads = partial.lse.shape[1]
+        lists = read.heads if selection is None else selection.indices.shape[0]
+        # One list serves query_heads / lists query heads, which share each load.
+        entries = partial.pairs * lists // query_heads
+        _add(stats.bytes_read, f"{stored.tier}/{stored.codec}", entries * stored.bytes_per_entry)
+
+
+def _pieces(
+    segment: Segment | EncodedSegment, selection: Selection | None
+) -> Iterator[tuple[Segment, Selection | None]]:
+    """What the decode kernel reads of one stored segment, decoded where it is encoded."""
+    if selection is None:
+        for tile in segment.tiles(_TILE):
+            yield tile, None
+    elif isinstance(segment, Segment):
+        yield segment, selection
+    else:
+        yield segment.gather(selection), None
+
+
+def _add(counts: dict[str, int], key: str, amount: int) -> None:
+    counts[key] = counts.get(key, 0) + amount

@@ -1,0 +1,438 @@
+"""The engine's loop: requests in, packed steps, tokens out."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+
+from winnow.engine.attend import Slice, StepAttention
+from winnow.engine.compress import compress
+from winnow.engine.request import Result, Sample, SamplingParams, Stats
+from winnow.engine.sampling import generator, logprob_record, sample
+from winnow.engine.scheduler import Limits, share
+from winnow.engine.sequence import Holder, Sequence
+from winnow.kernels.backend import Backend
+from winnow.recipe import Recipe
+from winnow.retrieval.protocol import Match, Pool
+from winnow.store.sequence import SequenceStore
+from winnow.types import AttentionSpec, LanguageModel
+
+__all__ = ["Engine", "Event", "Progress", "TextStream"]
+
+# Called after every step with prompt tokens computed so far and in all, and tokens generated.
+Progress = Callable[[int, int, int], None]
+
+
+class TextStream(Protocol):
+    """Turns tokens into text one by one; a token may complete earlier bytes."""
+
+    def push(self, token: int) -> str:
+        """Text that became final with this token."""
+        ...
+
+    def finish(self) -> str:
+        """What was still held back."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Event:
+    """One new token of one sample. ``text`` may be empty while bytes or a stop are open."""
+
+    result: Result
+    sample: Sample
+    token: int
+    text: str
+
+
+@dataclass(kw_only=True)
+class _Run:
+    """A sample that is being generated."""
+
+    result: Result
+    sample: Sample
+    params: SamplingParams
+    sequence: Sequence
+    keep: bool  # the sequence outlives the request (a session's)
+    submitted: float
+    stream: torch.Generator | None
+    words: TextStream | None
+    siblings: list[_Run] = field(default_factory=list)  # samples that wait for this prompt
+    held: str = ""  # text that may be the beginning of a stop string
+    first_token_at: float = 0.0
+    prompt_end: int = 0
+
+    @property
+    def pending(self) -> int:
+        return len(self.sequence.tokens) - self.sequence.store.length
+
+    @property
+    def prompting(self) -> bool:
+        return self.sequence.store.length < self.prompt_end
+
+    def start(self) -> tuple[int, int, int]:
+        """Where a turn that has not run yet begins: for Sequence.rollback."""
+        before = self.prompt_end - len(self.result.prompt_token_ids)
+        return before, self.sequence.store.length, self.sequence.turns
+
+
+class Engine:
+    """Runs requests on one model under one recipe.
+
+    Parameters
+    ----------
+    model : LanguageModel
+    recipe : Recipe
+    limits : Limits
+    backend : Backend
+        Demanded kernel implementation; ``auto`` takes the fastest that can run.
+    words : callable or None
+        Makes a :class:`TextStream`; None leaves every text empty (models without a tokenizer).
+    """
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        recipe: Recipe,
+        *,
+        limits: Limits | None = None,
+        backend: Backend = "auto",
+        words: Callable[[], TextStream] | None = None,
+    ) -> None:
+        recipe.check_model(model)
+        self.model = model
+        self.recipe = recipe
+        self.limits = limits or Limits()
+        self.backend = backend
+        self._words = words
+        self.pool: Pool | None = recipe.retrieval.pool() if recipe.retrieval else None
+        self._running: list[_Run] = []
+        self._waiting: list[_Run] = []
+        self._specs: list[AttentionSpec] = []
+
+    # ------------------------------------------------------------------ requests
+
+    def new_sequence(self) -> Sequence:
+        """An empty sequence with room for as many tokens as the model can take."""
+        model = self.model
+        store = SequenceStore(
+            layers=model.layers,
+            heads=model.kv_heads,
+            head_dim=model.head_dim,
+            dtype=model.dtype,
+            capacity=model.max_length,
+            device=str(model.device),
+        )
+        return Sequence(self.recipe, store)
+
+    def submit(
+        self,
+        tokens: Seq[int],
+        params: SamplingParams,
+        *,
+        sequence: Sequence | None = None,
+        salt: str = "",
+    ) -> Result:
+        """Queue a request; :meth:`events` runs it.
+
+        Parameters
+        ----------
+        tokens : sequence of int
+            The prompt, or what a session's turn adds to ``sequence``.
+        params : SamplingParams
+        sequence : Sequence or None
+            Continue this one (it stays open afterwards); None starts a new one.
+        salt : str
+            Requests of different salts share nothing through the pool.
+
+        Raises
+        ------
+        ValueError
+            Empty prompt, token outside the vocabulary, or no room for one new token.
+        """
+        earlier = len(sequence.tokens) if sequence is not None else 0
+        self._check(tokens, earlier)
+        stats = Stats()
+        samples = [Sample(index=i, logprobs=None if params.logprobs is None else []) for i in range(params.n)]
+        result = Result(prompt_token_ids=list(tokens), samples=samples, stats=stats)
+        keep = sequence is not None
+        if keep and params.n > 1:
+            raise ValueError("a session continues one text; ask for n > 1 outside a session")
+        own = sequence if sequence is not None else self.new_sequence()
+        if not keep:
+            self._reuse(own, tokens, salt)
+        stats.tokens_reused = own.store.length
+        own.tokens.extend(tokens)
+        stats.tokens_computed = len(own.tokens) - own.store.length
+        now = time.perf_counter()
+        runs = [
+            _Run(
+                result=result,
+                sample=s,
+                params=params,
+                sequence=own,
+                keep=keep,
+                submitted=now,
+                stream=generator(params, s.index),
+                words=self._words() if self._words else None,
+                prompt_end=len(own.tokens),
+            )
+            for s in samples
+        ]
+        runs[0].siblings = runs[1:]
+        own.salt = salt
+        self._waiting.append(runs[0])
+        return result
+
+    def _check(self, tokens: Seq[int], earlier: int) -> None:
+        if len(tokens) == 0:
+            raise ValueError("the prompt is empty; give at least one token")
+        if not all(0 <= t < self.model.vocab_size for t in tokens):
+            raise ValueError(f"a token id lies outside the vocabulary of {self.model.vocab_size}")
+        total, limit = earlier + len(tokens), self.model.max_length
+        if total >= limit:
+            raise ValueError(
+                f"the prompt has {total} tokens and {self.model.name} takes {limit}, "
+                "one of them new; shorten it or choose a model with a longer context"
+            )
+
+    def cancel(self, result: Result) -> None:
+        """Stop every sample of a request now and free what it holds."""
+        for queue in (self._running, self._waiting):
+            for run in [r for r in queue if r.result is result]:
+                queue.remove(run)
+                for one in [run, *run.siblings]:
+                    one.sample.finish_reason = "cancelled"
+                self._end_sequence(run)
+
+    # ------------------------------------------------------------------ the loop
+
+    def events(self, progress: Progress | None = None) -> Iterator[Event]:
+        """Run until every submitted request has ended, giving tokens as they come.
+
+        An exception or an abandoned iteration (Ctrl-C included) frees every running sequence
+        and rolls a session's sequence back to where its turn began.
+        """
+        starts: dict[int, tuple[int, int, int]] = {}
+        try:
+            while self._running or self._waiting:
+                while self._waiting and len(self._running) < self.limits.max_num_seqs:
+                    run = self._waiting.pop(0)
+                    starts[id(run)] = run.start()
+                    self._running.append(run)
+                yield from self._step()
+                if progress is not None:
+                    progress(*self._progress())
+        except BaseException:
+            for run in [*self._running, *self._waiting]:
+                run.sample.finish_reason = run.sample.finish_reason or "cancelled"
+                if run.keep:
+                    run.sequence.rollback(*starts.get(id(run), run.start()))
+                else:
+                    run.sequence.close()
+            self._running.clear()
+            self._waiting.clear()
+            raise
+
+    def _progress(self) -> tuple[int, int, int]:
+        done = total = generated = 0
+        for run in self._running:
+            total += run.prompt_end
+            done += min(run.sequence.store.length, run.prompt_end)
+            generated += len(run.sample.token_ids)
+        return done, total, generated
+
+    def _step(self) -> list[Event]:
+        generation = self.recipe.generation
+        multiple = generation.chunk_multiple if generation is not None else 1
+        shares = share([(r.pending, multiple, r.sequence.store.length) for r in self._running], self.limits)
+        slices: list[Slice] = []
+        runs: list[_Run] = []
+        tokens: list[int] = []
+        positions: list[int] = []
+        rows: list[int] = []
+        for run, count in zip(self._running, shares, strict=True):
+            if count == 0:
+                continue
+            at = run.sequence.store.length
+            final = at + count == len(run.sequence.tokens)
+            if run.prompting and at == run.prompt_end - run.result.stats.tokens_computed:
+                run.sequence.forget_queries()
+            slices.append(
+                Slice(
+                    sequence=run.sequence,
+                    stats=run.result.stats,
+                    first=len(tokens),
+                    last=len(tokens) + count,
+                    prompt=run.prompting,
+                    final=final,
+                )
+            )
+            runs.append(run)
+            tokens += run.sequence.tokens[at : at + count]
+            positions += range(at, at + count)
+            if final:
+                rows.append(len(tokens) - 1)
+        device = self.model.device
+        with torch.inference_mode():
+            attention = StepAttention(slices, self.model.layers, self.backend)
+            logits_MV = self.model.forward(
+                torch.tensor(tokens, device=device),
+                torch.tensor(positions, device=device),
+                torch.tensor(rows, dtype=torch.long, device=device),
+                attention,
+            )
+            self._specs = attention.specs
+            events: list[Event] = []
+            row = 0
+            for part, run in zip(slices, runs, strict=True):
+                run.sequence.store.advance(part.last - part.first)
+                self._purity(run, part)
+                if not part.final:
+                    continue
+                if part.prompt:
+                    self._prompt_done(run)
+                for one in [run, *self._fork(run)]:
+                    events.append(self._draw(one, logits_MV[row]))
+                row += 1
+        return [e for e in events if e is not None]
+
+    def _purity(self, run: _Run, part: Slice) -> None:
+        """Extend the leading stretch that depends on the tokens and the generation alone."""
+        sequence, count = run.sequence, part.last - part.first
+        exact = part.prompt or (self.recipe.loading is None and self.recipe.generation is None)
+        if exact and sequence.pure == sequence.store.length - count:
+            sequence.pure = sequence.store.length
+
+    def _prompt_done(self, run: _Run) -> None:
+        sequence = run.sequence
+        self._give(sequence)
+        sequence.turns += 1
+        compression = self.recipe.compression
+        if compression is not None and (compression.turns == "every" or sequence.turns == 1):
+            compress(sequence, self._specs, run.result.stats)
+
+    def _fork(self, run: _Run) -> list[_Run]:
+        """Give the waiting samples of a request a share of the prompt that was computed."""
+        if not run.siblings:
+            return []
+        prompt, siblings = run.sequence, run.siblings
+        run.siblings = []
+        holder = Holder(prompt.close)
+        for one in [run, *siblings]:
+            one.sequence = self.new_sequence()
+            one.sequence.share(holder, prompt)
+            one.sequence.salt = prompt.salt
+        self._running += siblings
+        return siblings
+
+    def _draw(self, run: _Run, logits_V: torch.Tensor) -> Event:
+        now = time.perf_counter()
+        token = sample(logits_V, run.params, run.stream)
+        got = run.sample
+        if run.params.logprobs is not None and got.logprobs is not None:
+            got.logprobs.append(logprob_record(logits_V, token, run.params.logprobs))
+        stats = run.result.stats
+        if not run.first_token_at:
+            run.first_token_at = now
+            if stats.time_to_first_token == 0.0:
+                stats.time_to_first_token = now - run.submitted
+        got.token_ids.append(token)
+        run.sequence.tokens.append(token)
+        stats.tokens_generated += 1
+        ended = not run.params.ignore_eos and token in self.model.eos_token_ids
+        text = "" if run.words is None or ended else run.words.push(token)
+        text, stopped = self._until_stop(run, text)
+        if ended or stopped:
+            got.finish_reason = "stop"
+        elif (
+            len(got.token_ids) >= run.params.max_new_tokens
+            or len(run.sequence.tokens) >= self.model.max_length
+        ):
+            got.finish_reason = "length"
+        if got.finish_reason:
+            if not stopped:
+                tail = "" if run.words is None else run.words.finish()
+                more, stopped = self._until_stop(run, tail)
+                text += more + ("" if stopped else run.held)
+            self._finish(run, now)
+        got.text += text
+        return Event(result=run.result, sample=got, token=token, text=text)
+
+    @staticmethod
+    def _until_stop(run: _Run, text: str) -> tuple[str, bool]:
+        """Text that is safe to show, and whether a stop string was met."""
+        if not run.params.stop:
+            return text, False
+        run.held += text
+        found = [at for stop in run.params.stop if (at := run.held.find(stop)) >= 0]
+        if found:
+            return run.held[: min(found)], True
+        # Hold back the longest tail that could still grow into a stop string.
+        keep = max(
+            (
+                n
+                for stop in run.params.stop
+                for n in range(min(len(stop) - 1, len(run.held)), 0, -1)
+                if run.held.endswith(stop[:n])
+            ),
+            default=0,
+        )
+        shown, run.held = run.held[: len(run.held) - keep], run.held[len(run.held) - keep :]
+        return shown, False
+
+    # ------------------------------------------------------------------ ends
+
+    def _finish(self, run: _Run, now: float) -> None:
+        stats = run.result.stats
+        stats.decode_seconds = max(stats.decode_seconds, now - run.first_token_at)
+        for kind, held in run.sequence.bytes_stored().items():
+            stats.bytes_stored[kind] = stats.bytes_stored.get(kind, 0) + held
+        self._running.remove(run)
+        self._give(run.sequence)
+        self._end_sequence(run)
+
+    @staticmethod
+    def _end_sequence(run: _Run) -> None:
+        if not run.keep:
+            run.sequence.close()
+
+    # ------------------------------------------------------------------ reuse
+
+    def _namespace(self, salt: str) -> str:
+        chunk = "" if self.recipe.generation is None else f"/{self.limits.max_num_batched_tokens}"
+        return f"{self.model.fingerprint}/{self.recipe.generation_fingerprint()}{chunk}/{salt}"
+
+    def _whole(self, tokens: int) -> int:
+        """Tokens that end at a border of the generation's chunks: those alone are reusable."""
+        generation = self.recipe.generation
+        return (
+            tokens if generation is None else tokens // generation.chunk_multiple * generation.chunk_multiple
+        )
+
+    def _reuse(self, sequence: Sequence, tokens: Seq[int], salt: str) -> None:
+        if self.pool is None:
+            return
+        namespace = self._namespace(salt)
+        match: Match = self.pool.match(tokens, namespace)
+        if (whole := self._whole(match.length)) < match.length:
+            self.pool.release(match)
+            match = self.pool.match(tokens[: whole + 1], namespace)
+        if match.length:
+            sequence.borrow(match, self.pool)
+        else:
+            self.pool.release(match)
+
+    def _give(self, sequence: Sequence) -> None:
+        """Copy into the pool what of a sequence depends on its tokens alone."""
+        pure = self._whole(sequence.pure)
+        if self.pool is None or pure == 0:
+            return
+        store = sequence.store
+        layers = [store.segments(layer) for layer in range(store.layers)]
+        self.pool.insert(sequence.tokens[:pure], self._namespace(sequence.salt), layers)

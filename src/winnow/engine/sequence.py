@@ -1,0 +1,132 @@
+"""What one running sequence owns: its tokens, its entries, and the state of the parts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from winnow.recipe import Recipe
+from winnow.retrieval.protocol import Match, Pool
+from winnow.store.sequence import SequenceStore
+
+__all__ = ["Holder", "Sequence"]
+
+
+class Holder:
+    """Entries that several sequences read; freed when the last of them lets go."""
+
+    def __init__(self, free: Callable[[], None]) -> None:
+        self._free = free
+        self._users = 0
+
+    def take(self) -> Holder:
+        """Count one more user."""
+        self._users += 1
+        return self
+
+    def drop(self) -> None:
+        """Count one user less; the last one frees."""
+        self._users -= 1
+        if self._users == 0:
+            self._free()
+
+
+class Sequence:
+    """Tokens, entries and part state of one sequence.
+
+    Attributes
+    ----------
+    tokens : list of int
+        The whole sequence; ``tokens[store.length:]`` are not computed yet.
+    store : SequenceStore
+    pure : int
+        Leading tokens whose entries depend on nothing but the tokens before them and the
+        generation recipe: what may go to a pool. Decoding with a sparse view, or compression,
+        ends it.
+    turns : int
+        Prefills that have ended.
+    salt : str
+        Sequences of different salts share nothing through a pool.
+    """
+
+    def __init__(self, recipe: Recipe, store: SequenceStore) -> None:
+        self.recipe = recipe
+        self.store = store
+        self.tokens: list[int] = []
+        self.pure = 0
+        self.turns = 0
+        self.salt = ""
+        self.generation_state: Any = recipe.generation.state() if recipe.generation else None
+        self.loading_state: Any = recipe.loading.state() if recipe.loading else None
+        self._window = recipe.compression.needs.window_queries if recipe.compression else 0
+        self._queries: dict[int, Tensor] = {}
+        self._borrowed: list[Callable[[], None]] = []
+
+    # ------------------------------------------------------------------ borrowed entries
+
+    def borrow(self, match: Match, pool: Pool) -> None:
+        """Start from entries of a pool; they stay locked until :meth:`close`."""
+        self.store.adopt(match.layers, match.length)
+        self.pure = match.length
+        self._borrowed.append(lambda: pool.release(match))
+
+    def share(self, holder: Holder, parent: Sequence) -> None:
+        """Start from a snapshot of another sequence's entries, which ``holder`` keeps alive."""
+        layers = [parent.store.segments(layer) for layer in range(parent.store.layers)]
+        self.store.adopt(layers, parent.store.length)
+        self.tokens = list(parent.tokens)
+        self.pure, self.turns = parent.pure, parent.turns
+        self._borrowed.append(holder.take().drop)
+
+    # ------------------------------------------------------------------ observations
+
+    def watch(self, layer: int, q_THD: Tensor) -> None:
+        """Remember the last window queries of a layer, across the chunks of a prefill."""
+        if not self._window:
+            return
+        earlier = self._queries.get(layer)
+        recent = q_THD[-self._window :]
+        if earlier is not None and recent.shape[0] < self._window:
+            recent = torch.cat([earlier, recent])[-self._window :]
+        self._queries[layer] = recent.clone()
+
+    def take_queries(self, layer: int) -> Tensor | None:
+        """The remembered queries ``[W, H * G, D]`` of a layer; forgets them."""
+        return self._queries.pop(layer, None)
+
+    def forget_queries(self) -> None:
+        """Drop what :meth:`watch` remembered (a new prefill starts, or one was interrupted)."""
+        self._queries.clear()
+
+    # ------------------------------------------------------------------ accounting and end
+
+    def bytes_stored(self) -> dict[str, int]:
+        """Measured KV bytes by ``tier/codec``, borrowed entries and side data apart."""
+        held = {f"{tier}/{codec}": n for (tier, codec), n in self.store.bytes().items() if n}
+        if shared := self.store.shared_bytes():
+            held["host/shared"] = shared
+        loading = self.recipe.loading
+        if loading is not None and (side := loading.state_bytes(self.loading_state)):
+            held["host/index"] = side
+        return held
+
+    def rollback(self, tokens: int, computed: int, turns: int) -> None:
+        """Forget what came after ``tokens`` tokens, of which ``computed`` have entries.
+
+        Side data of a selector is keyed by segment version, which the store changes here.
+        """
+        del self.tokens[tokens:]
+        self.store.truncate(computed)
+        self.pure = min(self.pure, computed)
+        self.turns = turns
+        self.forget_queries()
+
+    def close(self) -> None:
+        """Free the entries and give back what was borrowed; may be called again."""
+        self.store.close()
+        self._queries.clear()
+        while self._borrowed:
+            self._borrowed.pop()()

@@ -1,0 +1,125 @@
+"""A session: one sequence that outlives a request, for several turns over one context."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from collections.abc import Sequence as Seq
+from pathlib import Path
+from typing import Any
+
+from winnow.engine.engine import Engine, Event, Progress
+from winnow.engine.request import Result, SamplingParams
+from winnow.engine.sequence import Holder, Sequence
+from winnow.store import files
+
+__all__ = ["Session"]
+
+
+class Session:
+    """Turns over one context; each turn computes only what is new.
+
+    Made by ``LLM.session()``. Close it, or use it in a ``with`` block, to free its entries.
+
+    Parameters
+    ----------
+    engine : Engine
+    sequence : Sequence or None
+        None starts an empty one.
+    """
+
+    def __init__(self, engine: Engine, sequence: Sequence | None = None) -> None:
+        self._engine = engine
+        self._sequence = sequence if sequence is not None else engine.new_sequence()
+        self._open = True
+
+    # ------------------------------------------------------------------ turns
+
+    @property
+    def tokens(self) -> list[int]:
+        """All tokens so far: prompts and answers."""
+        return list(self._sequence.tokens)
+
+    def run(self, tokens: Seq[int], params: SamplingParams, progress: Progress | None = None) -> Result:
+        """Append ``tokens``, generate, and return the result."""
+        for event in self.stream(tokens, params, progress):
+            result = event.result
+        return result
+
+    def stream(
+        self, tokens: Seq[int], params: SamplingParams, progress: Progress | None = None
+    ) -> Iterator[Event]:
+        """As :meth:`run`, token by token. A turn that is broken off is rolled back whole."""
+        self._check_open()
+        self._engine.submit(tokens, params, sequence=self._sequence)
+        return self._engine.events(progress)
+
+    def fork(self) -> Session:
+        """A new session that starts from a snapshot of this one and shares its entries.
+
+        Asking each question of a list in its own fork reads the context once and lets no
+        question see another. Close the forks before this session goes on.
+        """
+        self._check_open()
+        child = self._engine.new_sequence()
+        child.share(Holder(lambda: None), self._sequence)
+        return Session(self._engine, child)
+
+    def bytes_stored(self) -> dict[str, int]:
+        """Measured KV bytes held now, by ``tier/codec``."""
+        return self._sequence.bytes_stored()
+
+    # ------------------------------------------------------------------ disk
+
+    def save(self, path: str | Path) -> None:
+        """Write tokens and entries to ``path``, atomically and with checksums.
+
+        Raises
+        ------
+        OSError
+            No space or no permission; a file that was there before is untouched.
+        """
+        self._check_open()
+        sequence = self._sequence
+        header: dict[str, Any] = {
+            "model_name": self._engine.model.name,
+            "model": self._engine.model.fingerprint,
+            "recipe": self._engine.recipe.fingerprint(),
+            "recipe_yaml": self._engine.recipe.to_yaml(),
+            "tokens": sequence.tokens,
+            "turns": sequence.turns,
+            "pure": sequence.pure,
+        }
+        files.save(sequence.store, Path(path), header)
+
+    @classmethod
+    def load(cls, engine: Engine, path: str | Path) -> Session:
+        """Open what :meth:`save` wrote, for the same model and recipe.
+
+        Raises
+        ------
+        winnow.store.files.StoreFileError
+            Torn, foreign, or of another model or recipe.
+        """
+        expect = {"model": engine.model.fingerprint, "recipe": engine.recipe.fingerprint()}
+        store, header = files.load(Path(path), expect)
+        sequence = Sequence(engine.recipe, store)
+        sequence.tokens = list(header["tokens"])
+        sequence.turns, sequence.pure = int(header["turns"]), int(header["pure"])
+        return cls(engine, sequence)
+
+    # ------------------------------------------------------------------ end
+
+    def close(self) -> None:
+        """Free the entries; may be called again."""
+        self._open = False
+        self._sequence.close()
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _check_open(self) -> None:
+        if not self._open:
+            raise ValueError("this session is closed; open a new one with llm.session()")
