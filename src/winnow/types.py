@@ -15,19 +15,22 @@ Query heads are numbered ``h * G + g``: the ``G`` query heads of KV head ``h`` a
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
 
 __all__ = [
+    "Attend",
     "AttentionSpec",
     "Blocks",
     "Budget",
     "EVERYTHING",
     "Dense",
     "Form",
+    "LanguageModel",
     "Needs",
     "Observation",
     "Partial",
@@ -375,10 +378,80 @@ class View:
         appended is always among them.
     want_logits : bool
         Hand the scaled logits of this step to the selector's ``observe``.
+    scanned : int
+        Bytes of side data that were read to make this choice; they count as read.
     """
 
     selections: tuple[Selection | None, ...] | None = None
     want_logits: bool = False
+    scanned: int = 0
 
 
 EVERYTHING = View()
+
+
+# --------------------------------------------------------------------------- models
+
+Attend = Callable[[int, Tensor, Tensor, Tensor, AttentionSpec], Tensor]
+"""``attend(layer, q_NHD, k_NHD, v_NHD, spec) -> out_NHD``: the one place where Winnow meets a model.
+
+``q_NHD`` is ``[N, H * G, D]`` after RoPE, ``k_NHD`` (after RoPE) and ``v_NHD`` are ``[N, H, D]``, ``N``
+the tokens of all packed sequences; only the last dimension is contiguous. The result is
+``[N, H * G, D]`` in the dtype of the queries. It is called once per layer, in ascending order.
+"""
+
+
+class LanguageModel(Protocol):
+    """What the engine needs of a model; it knows neither sequences nor lengths.
+
+    Attributes
+    ----------
+    name : str
+        For messages and reports.
+    layers, kv_heads, query_heads, head_dim : int
+        ``L``, ``H``, ``H * G`` and ``D``, equal in every layer.
+    vocab_size : int
+        Columns of the logits.
+    max_length : int
+        Positions that the model was made for: ``position_ids`` must stay below it.
+    dtype : torch.dtype
+        Of the weights, so of queries, keys and values.
+    device : torch.device
+    fingerprint : str
+        Hexadecimal digest of configuration and weights; equal only for equal models.
+    eos_token_ids : tuple of int
+        Tokens that end a generation.
+    specs : tuple of AttentionSpec
+        What each layer's ``attend`` is called with.
+    """
+
+    name: str
+    layers: int
+    kv_heads: int
+    query_heads: int
+    head_dim: int
+    vocab_size: int
+    max_length: int
+    dtype: torch.dtype
+    device: torch.device
+    fingerprint: str
+    eos_token_ids: tuple[int, ...]
+    specs: tuple[AttentionSpec, ...]
+
+    def forward(self, token_ids: Tensor, position_ids: Tensor, rows: Tensor, attend: Attend) -> Tensor:
+        """Run all layers over packed tokens.
+
+        Parameters
+        ----------
+        token_ids, position_ids : Tensor
+            ``[N]`` int64, sequences one after the other without padding.
+        rows : Tensor
+            ``[M]`` int64: which of the ``N`` rows get logits; may be empty.
+        attend : Attend
+
+        Returns
+        -------
+        Tensor
+            ``[M, V]`` float32 logits.
+        """
+        ...

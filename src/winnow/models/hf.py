@@ -1,0 +1,107 @@
+"""The general runner: any decoder-only model of `transformers` that uses its attention interface."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from winnow.models.interface import KEYWORD, NAME
+from winnow.models.refuse import check_config, check_model, probe
+from winnow.models.rotary import position_limit
+from winnow.models.weights import fingerprint
+from winnow.types import Attend
+
+__all__ = ["HFModel"]
+
+
+class HFModel:
+    """Drives a model's own ``forward`` without a cache, on packed tokens with explicit positions.
+
+    The model given is left as it is: Winnow runs a twin with its own modules and configuration whose
+    parameters *are* the original's, so nothing is copied and later changes of a weight are seen.
+
+    Parameters
+    ----------
+    model : transformers.PreTrainedModel
+        A causal language model on one device.
+    name : str or None
+        For messages; the configuration's name by default.
+
+    Raises
+    ------
+    ValueError
+        If the model is not supported, or its weights hold NaN.
+
+    Notes
+    -----
+    Satisfies :class:`winnow.types.LanguageModel`, which lists the attributes.
+    """
+
+    def __init__(self, model: PreTrainedModel, *, name: str | None = None) -> None:
+        check_config(model.config)
+        check_model(model)
+        self.fingerprint = fingerprint(model)
+        self._model = _twin(model)
+        self._takes_rows = "logits_to_keep" in inspect.signature(type(model).forward).parameters
+        facts = probe(self._model)
+        config = model.config.get_text_config(decoder=True)
+        self.name: str = name or model.config.name_or_path or model.config.model_type
+        self.model_type: str = model.config.model_type
+        self.layers = facts.layers
+        self.kv_heads = facts.kv_heads
+        self.query_heads = facts.query_heads
+        self.head_dim = facts.head_dim
+        self.vocab_size = facts.vocab_size
+        self.specs = facts.specs
+        self.max_length = position_limit(config)
+        self.dtype: torch.dtype = model.dtype
+        self.device: torch.device = model.device
+        self.eos_token_ids = _eos(model)
+
+    @property
+    def module(self) -> PreTrainedModel:
+        """The twin that runs: its parameters are the user's, its attention is Winnow's."""
+        return self._model
+
+    @torch.inference_mode()
+    def forward(self, token_ids: Tensor, position_ids: Tensor, rows: Tensor, attend: Attend) -> Tensor:
+        """See :meth:`winnow.types.LanguageModel.forward`."""
+        rows = rows.to(self.device)
+        keep: dict[str, Any] = {"logits_to_keep": rows} if self._takes_rows else {}
+        logits: Tensor = self._model(
+            input_ids=token_ids.to(self.device)[None],
+            position_ids=position_ids.to(self.device)[None],
+            use_cache=False,
+            **keep,
+            **{KEYWORD: attend},
+        ).logits[0]
+        return (logits if self._takes_rows else logits[rows]).float()
+
+
+def _twin(model: PreTrainedModel) -> PreTrainedModel:
+    """A copy of the modules and the configuration around the same parameters, for inference.
+
+    Buffers are copied: some rotary modules write into theirs.
+    """
+    if len({p.device for p in model.parameters()}) != 1:
+        raise ValueError("the model is spread over several devices; load it on one (device_map=None)")
+    shared = {id(p): p for p in model.parameters()}
+    twin = copy.deepcopy(model, shared).eval()
+    twin.set_attn_implementation(NAME)
+    return twin
+
+
+def _eos(model: PreTrainedModel) -> tuple[int, ...]:
+    """End-of-sequence tokens of the generation configuration, else of the model's."""
+    generation = getattr(model, "generation_config", None)
+    eos = getattr(generation, "eos_token_id", None)
+    if eos is None:
+        eos = getattr(model.config.get_text_config(decoder=True), "eos_token_id", None)
+    if eos is None:
+        return ()
+    return (int(eos),) if isinstance(eos, int) else tuple(int(e) for e in eos)

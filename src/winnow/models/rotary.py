@@ -1,0 +1,46 @@
+"""Positions: how far they may go before the rotary frequencies change, and tables of cosines."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+__all__ = ["position_limit", "rope_types"]
+
+_log = logging.getLogger("winnow.models")
+
+
+def _parameters(config: Any) -> list[dict[str, Any]]:
+    """Rotary parameters of a text configuration: one dictionary, or one per layer type."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    nested = [value for value in rope.values() if isinstance(value, dict)]
+    return nested or ([rope] if rope else [])
+
+
+def rope_types(config: Any) -> set[str]:
+    """Names of the rotary scalings that a text configuration uses; empty without rotary."""
+    return {str(p.get("rope_type", "default")) for p in _parameters(config)}
+
+
+def position_limit(config: Any) -> int:
+    """Positions below which every rotary frequency is a constant.
+
+    ``dynamic`` and ``longrope`` scaling choose frequencies by the longest position of a call. Keys
+    turned in one regime must not meet queries of the other, and packed sequences would influence
+    each other, so such a model runs in its short regime only.
+    """
+    limit = int(getattr(config, "max_position_embeddings", None) or 2**20)
+    for parameters in _parameters(config):
+        kind = parameters.get("rope_type")
+        if kind in ("dynamic", "longrope"):
+            short = int(parameters.get("original_max_position_embeddings") or limit)
+            if short < limit:
+                _log.warning(
+                    "%s rotary scaling changes its frequencies after %d positions: max_length is %d, not %d",
+                    kind,
+                    short,
+                    short,
+                    limit,
+                )
+            limit = min(limit, short)
+    return limit
