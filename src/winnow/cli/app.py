@@ -1,0 +1,43 @@
+"""The commands and their options."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from winnow import __version__
+from winnow.cli import bench, catalogue, run
+
+__all__ = ["app"]
+
+app = typer.Typer(
+    name="winnow",
+    help="Long-context transformers made affordable: compute, keep, reuse and load only what matters.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"winnow {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+app.command("run")(run.run)
+app.command("chat")(run.chat)
+app.command("demo")(bench.demo)
+app.command("methods")(catalogue.methods)
+app.add_typer(catalogue.recipe_app, name="recipe")
+app.add_typer(bench.bench_app, name="bench")
