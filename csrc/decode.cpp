@@ -1,9 +1,311 @@
+// Decode attention: one new token over one ragged segment (flash-decoding).
+//
+// The work, all rows of K and V that the lists name, is cut into chunks that threads take in turn. A chunk
+// runs tile by tile: logits of a tile of K rows, an online softmax, then the tile's V rows; its result
+// (maximum, sum, weighted sum) is merged with the other chunks of the same heads by log-sum-exp.
 #include "decode.h"
+
+#include <cmath>
+#include <limits>
+#include <vector>
+
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+#include "decode_tile.h"
 
 namespace winnow {
 namespace WINNOW_ISA {
+namespace {
 
-DecodeKernels decode_kernels() { return {}; }
+constexpr int TILE = 256;              // entries between two rescalings; its K and V rows stay in L2
+constexpr int64_t MAX_CHUNK = 8192;    // entries
+constexpr int64_t MIN_CHUNK = 512;
+constexpr int64_t SERIAL_BYTES = 1 << 18;  // less than this is not worth waking a second thread
+constexpr float LOG2E = 1.44269504f;
+constexpr float MINUS_INF = -std::numeric_limits<float>::infinity();
+
+// Query heads that share one list of entries.
+struct Row {
+  int64_t head;           // KV head
+  int64_t query, queries; // first query head, how many
+  int64_t lo, hi;         // visible entries; positions ascend, so they are one range
+  const int32_t* list;    // null: all visible
+  int64_t items;          // entries or pages listed
+};
+
+struct Chunk {
+  int64_t row, first, last;  // items of the row
+  int64_t result;            // first of its partial results, one per query head
+};
+
+
+Row make_row(const DecodeArgs& a, int64_t r) {
+  Row row;
+  const bool per_query = a.indices && a.rows != a.heads;
+  row.head = per_query ? r / a.group : r;
+  row.query = per_query ? r : r * a.group;
+  row.queries = per_query ? 1 : a.group;
+  const int64_t n = a.lengths[row.head];
+  const int64_t oldest = a.window < 0 ? std::numeric_limits<int64_t>::min() : a.position - a.window + 1;
+  if (a.positions) {
+    const int32_t* at = a.positions + row.head * a.positions_head;
+    row.hi = std::upper_bound(at, at + n, a.position, [](int64_t x, int32_t y) { return x < y; }) - at;
+    row.lo = std::lower_bound(at, at + row.hi, oldest, [](int32_t x, int64_t y) { return x < y; }) - at;
+  } else {
+    row.hi = std::clamp<int64_t>(a.position - a.start + 1, 0, n);
+    row.lo = a.window < 0 ? 0 : std::clamp<int64_t>(oldest - a.start, 0, row.hi);
+  }
+  row.list = a.indices ? a.indices + r * a.indices_row : nullptr;
+  row.items = row.hi == row.lo ? 0 : row.list ? a.counts[r] : row.hi - row.lo;
+  return row;
+}
+
+template <typename T>
+class Worker {
+ public:
+  explicit Worker(const DecodeArgs& args)
+      : a_(args), dim_(static_cast<int>(args.dim)), passes_(static_cast<size_t>((args.group + HEADS - 1) / HEADS)) {}
+
+  // Attention over one chunk. `result` gets {maximum, sum, weighted sum[D]} per query head; returns entries read.
+  int64_t run(const Row& row, const Chunk& chunk, float* result) {
+    row_ = &row;
+    k_ = static_cast<const T*>(a_.k) + row.head * a_.k_head;
+    v_ = static_cast<const T*>(a_.v) + row.head * a_.v_head;
+    const int64_t n = list_entries(row, chunk);
+    const int passes = static_cast<int>((row.queries + HEADS - 1) / HEADS);
+    for (int p = 0; p < passes; ++p) {
+      Pass& pass = passes_[p];
+      pass.query = row.query + p * HEADS;
+      pass.heads = static_cast<int>(std::min<int64_t>(HEADS, row.queries - p * HEADS));
+      pass.queries.load(static_cast<const T*>(a_.q) + pass.query * dim_, pass.heads, dim_);
+      pass.sums.clear();
+      std::fill(pass.top, pass.top + HEADS, MINUS_INF);
+      std::fill(pass.total, pass.total + HEADS, 0.f);
+    }
+
+    const T* buffers[2][BLOCK];
+    const T **now = buffers[0], **next = buffers[1];
+    if (n > 0) {
+      point(now, false, 0, n);
+      for (int i = 0; i < BLOCK; ++i) prefetch_row(now[i], dim_ * static_cast<int>(sizeof(T)));
+    }
+    for (int64_t tile = 0; tile < n; tile += TILE) {
+      const int64_t end = std::min<int64_t>(tile + TILE, n);
+      for (int64_t at = tile; at < end; at += BLOCK) {
+        const bool more = at + BLOCK < end;
+        point(next, !more, more ? at + BLOCK : tile, n);
+        for (int p = 0; p < passes; ++p)
+          tile_logits<T>(passes_[p].queries, now, next, padded(end - at), passes_[p].heads, dim_,
+                         passes_[p].logits + (at - tile) * HEADS);
+        std::swap(now, next);
+      }
+      for (int p = 0; p < passes; ++p) softmax(passes_[p], tile, static_cast<int>(end - tile));
+      for (int64_t at = tile; at < end; at += BLOCK) {
+        const bool more = at + BLOCK < end;
+        point(next, more, more ? at + BLOCK : end, n);
+        for (int p = 0; p < passes; ++p)
+          tile_values<T>(passes_[p].sums, passes_[p].logits + (at - tile) * HEADS, now, next, padded(end - at),
+                         passes_[p].heads, dim_);
+        std::swap(now, next);
+      }
+    }
+
+    for (int p = 0; p < passes; ++p) {
+      for (int g = 0; g < passes_[p].heads; ++g) {
+        float* to = result + (p * HEADS + g) * (dim_ + 2);
+        to[0] = passes_[p].top[g];
+        to[1] = passes_[p].total[g];
+        passes_[p].sums.natural(to + 2, g, dim_);
+      }
+    }
+    return n;
+  }
+
+ private:
+  struct Pass {
+    Queries<T> queries;
+    Sums<T> sums;
+    alignas(64) float logits[TILE * HEADS];  // then probabilities
+    float top[HEADS], total[HEADS];          // running maximum, and sum of exponentials below it
+    int64_t query;
+    int heads;
+  };
+
+  static int padded(int64_t n) { return static_cast<int>(std::min<int64_t>(BLOCK, (n + 7) / 8 * 8)); }
+
+  // Entry numbers of a chunk that are visible; a dense chunk needs no list.
+  int64_t list_entries(const Row& row, const Chunk& chunk) {
+    first_ = row.lo + chunk.first;
+    if (!row.list) return chunk.last - chunk.first;
+    entries_.resize(static_cast<size_t>((chunk.last - chunk.first) * a_.page));
+    int32_t* to = entries_.data();
+    for (int64_t i = chunk.first; i < chunk.last; ++i) {
+      const int64_t from = std::max(row.list[i] * a_.page, row.lo);
+      const int64_t end = std::min((row.list[i] + int64_t{1}) * a_.page, row.hi);
+      for (int64_t e = from; e < end; ++e) *to++ = static_cast<int32_t>(e);
+    }
+    return to - entries_.data();
+  }
+
+  int64_t entry(int64_t i) const { return row_->list ? entries_[static_cast<size_t>(i)] : first_ + i; }
+
+  // Pointers to BLOCK rows of K or V from entry i on; behind the end they show a row of zeros.
+  void point(const T** to, bool values, int64_t i, int64_t n) const {
+    alignas(64) static const T zeros[MAX_DIM] = {};
+    const T* base = values ? v_ : k_;
+    const int64_t stride = values ? a_.v_row : a_.k_row;
+    const int have = static_cast<int>(std::clamp<int64_t>(n - i, 0, BLOCK));
+    if (row_->list) {
+      for (int j = 0; j < have; ++j) to[j] = base + entries_[static_cast<size_t>(i + j)] * stride;
+    } else {
+      for (int j = 0; j < have; ++j) to[j] = base + (first_ + i + j) * stride;
+    }
+    for (int j = have; j < BLOCK; ++j) to[j] = zeros;
+  }
+
+  // Logits of a tile become probabilities relative to the running maximum; older sums are rescaled to it.
+  void softmax(Pass& pass, int64_t tile, int n) {
+    float* x = pass.logits;
+    const int whole = (n + 7) / 8 * 8;
+    for (int i = 0; i < n * HEADS; ++i) x[i] *= a_.scale;
+    if (a_.softcap > 0.f) {
+      for (int i = 0; i < n * HEADS; ++i) {
+        // tanh(y) = 1 - 2 / (1 + e^2y); beyond 15 it is 1 in float32
+        const float y = std::min(std::max(x[i] / a_.softcap, -15.f), 15.f);
+        x[i] = a_.softcap * (1.f - 2.f / (1.f + exp2_fast(2.f * LOG2E * y)));
+      }
+    }
+    if (a_.bias) {
+      const float* bias = a_.bias + row_->head * a_.bias_head;
+      for (int i = 0; i < n; ++i) {
+        const float b = bias[entry(tile + i)];
+        for (int g = 0; g < HEADS; ++g) x[i * HEADS + g] += b;
+      }
+    }
+    if (a_.logits) {
+      for (int g = 0; g < pass.heads; ++g) {
+        float* to = a_.logits + (pass.query + g) * a_.logits_head;
+        for (int i = 0; i < n; ++i) to[entry(tile + i)] = x[i * HEADS + g];
+      }
+    }
+    std::fill(x + n * HEADS, x + whole * HEADS, MINUS_INF);
+
+    constexpr int LANES = 16;
+    alignas(64) float top[LANES], shift[LANES], total[LANES] = {};
+    for (int j = 0; j < LANES; ++j) top[j] = pass.top[j % HEADS];
+    for (int i = 0; i < whole * HEADS; i += LANES)
+      for (int j = 0; j < LANES; ++j) top[j] = x[i + j] > top[j] ? x[i + j] : top[j];
+    float down[HEADS];
+    bool moved = false;
+    for (int g = 0; g < HEADS; ++g) {
+      const float best = std::max(std::max(top[g], top[g + 4]), std::max(top[g + 8], top[g + 12]));
+      // While nothing was seen the maximum is -inf: shift by 0 there so that no NaN appears.
+      const float by = best == MINUS_INF ? 0.f : best;
+      for (int j = g; j < LANES; j += HEADS) shift[j] = by;
+      down[g] = best == pass.top[g] ? 1.f : exp2_fast((pass.top[g] - by) * LOG2E);
+      moved |= best != pass.top[g];
+      pass.top[g] = best;
+    }
+    for (int i = 0; i < whole * HEADS; i += LANES)
+      for (int j = 0; j < LANES; ++j) {
+        x[i + j] = exp2_fast((x[i + j] - shift[j]) * LOG2E);
+        total[j] += x[i + j];
+      }
+    for (int g = 0; g < HEADS; ++g)
+      pass.total[g] = pass.total[g] * down[g] + (total[g] + total[g + 4]) + (total[g + 8] + total[g + 12]);
+    if (moved) pass.sums.rescale(down, HEADS, dim_);
+  }
+
+  const DecodeArgs& a_;
+  const int dim_;
+  std::vector<Pass> passes_;
+  std::vector<int32_t> entries_;
+  const Row* row_ = nullptr;
+  const T *k_ = nullptr, *v_ = nullptr;
+  int64_t first_ = 0;
+};
+
+// One query head's partial results `part[0..n)`, `stride` floats apart, into its output.
+template <typename T>
+void merge(const std::vector<const float*>& parts, int64_t dim, T* out, float* lse) {
+  float top = MINUS_INF;
+  for (const float* part : parts) top = std::max(top, part[0]);
+  float sum[MAX_DIM] = {};
+  float total = 0.f;
+  if (top > MINUS_INF) {
+    for (const float* part : parts) {
+      const float weight = exp2_fast((part[0] - top) * LOG2E);
+      total += weight * part[1];
+      for (int64_t d = 0; d < dim; ++d) sum[d] += weight * part[2 + d];
+    }
+  }
+  *lse = top > MINUS_INF ? top + std::log(total) : MINUS_INF;
+  const float by = top > MINUS_INF ? 1.f / total : 0.f;
+  for (int64_t d = 0; d < dim; ++d) from_float(sum[d] * by, out + d);
+}
+
+template <typename T>
+int64_t decode(const DecodeArgs& a) {
+  const int64_t rows = a.indices ? a.rows : a.heads;
+  int threads = 1;
+#ifdef _OPENMP
+  if (!omp_in_parallel()) threads = omp_get_max_threads();
+#endif
+  std::vector<Row> row;
+  int64_t work = 0;  // entries, at most
+  for (int64_t r = 0; r < rows; ++r) {
+    row.push_back(make_row(a, r));
+    work += row.back().items * (a.indices ? a.page : 1);
+  }
+  if (work * a.dim * 2 * static_cast<int64_t>(sizeof(T)) < SERIAL_BYTES) threads = 1;
+
+  const int64_t share = threads == 1 ? MAX_CHUNK : (work + threads * 8 - 1) / (threads * 8);
+  const int64_t step = std::max<int64_t>(1, std::clamp(share, MIN_CHUNK, MAX_CHUNK) / (a.indices ? a.page : 1));
+  std::vector<Chunk> chunks;
+  int64_t results = 0;
+  for (int64_t r = 0; r < rows; ++r) {
+    for (int64_t i = 0; i < row[r].items; i += step) {
+      chunks.push_back({r, i, std::min(i + step, row[r].items), results});
+      results += row[r].queries;
+    }
+  }
+
+  const int64_t stride = a.dim + 2;
+  std::vector<float> result(static_cast<size_t>(results * stride));
+  int64_t pairs = 0;
+  const auto count = static_cast<int64_t>(chunks.size());
+#pragma omp parallel num_threads(threads) reduction(+ : pairs) if (threads > 1)
+  {
+    Worker<T> worker(a);
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t c = 0; c < count; ++c) {
+      const Row& r = row[chunks[c].row];
+      pairs += r.queries * worker.run(r, chunks[c], result.data() + chunks[c].result * stride);
+    }
+  }
+
+  std::vector<const float*> parts;
+  size_t c = 0;
+  for (int64_t r = 0; r < rows; ++r) {
+    const size_t begin = c;
+    while (c < chunks.size() && chunks[c].row == r) ++c;
+    for (int64_t g = 0; g < row[r].queries; ++g) {
+      parts.clear();
+      for (size_t i = begin; i < c; ++i) parts.push_back(result.data() + (chunks[i].result + g) * stride);
+      const int64_t n = row[r].query + g;
+      merge(parts, a.dim, static_cast<T*>(a.out) + n * a.dim, a.lse + n);
+    }
+  }
+  return pairs;
+}
+
+int64_t decode_any(const DecodeArgs& a) { return a.bf16 ? decode<bf16>(a) : decode<float>(a); }
+
+}  // namespace
+
+DecodeKernels decode_kernels() { return {decode_any}; }
 
 }  // namespace WINNOW_ISA
 }  // namespace winnow

@@ -1,17 +1,34 @@
-"""Decode attention in C++ (csrc/decode.cpp)."""
+"""Decode attention in C++ (csrc/decode.cpp): validates, prepares addresses, calls."""
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
+from winnow.kernels.backend import extension
 from winnow.types import AttentionSpec, Partial, Segment, Selection
 
 __all__ = ["decode", "unsupported"]
 
+_DTYPES = (torch.bfloat16, torch.float32)
+
 
 def unsupported(q_HD: Tensor, segment: Segment, spec: AttentionSpec) -> str:
     """Why the native kernel cannot take these operands; empty where it can."""
-    return "not written yet"
+    dim = q_HD.shape[1]
+    if dim % 16 or not 16 <= dim <= 256:
+        return f"head size {dim} is not a multiple of 16 up to 256"
+    if q_HD.dtype not in _DTYPES:
+        return f"{q_HD.dtype} is neither bfloat16 nor float32"
+    if segment.k.dtype != q_HD.dtype or segment.v.dtype != q_HD.dtype:
+        return "queries, keys and values differ in dtype"
+    return ""
+
+
+def _int32(t: Tensor, name: str) -> Tensor:
+    if t.dtype != torch.int32 or t.stride(-1) != 1:
+        raise ValueError(f"decode: {name} must be int32 and contiguous in its last dimension; convert it")
+    return t
 
 
 def decode(
@@ -22,4 +39,82 @@ def decode(
     selection: Selection | None,
     want_logits: bool,
 ) -> Partial:
-    raise NotImplementedError
+    """As :func:`winnow.kernels.decode.decode`; the operands passed :func:`unsupported`."""
+    heads, dim = q_HD.shape
+    k, v, lengths = segment.k, segment.v, _int32(segment.lengths, "lengths")
+    kv_heads, capacity, _ = shape = k.shape
+    group, rest = divmod(heads, kv_heads) if kv_heads else (0, heads)
+    k_head, k_row, k_last = k.stride()
+    v_head, v_row, v_last = v.stride()
+    if rest or shape[2] != dim or v.shape != shape or lengths.shape[0] != kv_heads:
+        raise ValueError(
+            f"decode: queries {tuple(q_HD.shape)}, keys {tuple(shape)}, values {tuple(v.shape)} and lengths "
+            f"{tuple(lengths.shape)} do not fit; pass [H * G, D], [H, C, D], [H, C, D] and [H]"
+        )
+    if k_last != 1 or v_last != 1:
+        raise ValueError("decode: the last dimension of keys and values must be contiguous; copy them")
+    assert int(lengths.max()) <= capacity if kv_heads else True, "a length exceeds the reserve"
+    q_HD = q_HD.contiguous()
+
+    positions = bias = None
+    if segment.positions is not None:
+        positions = _int32(segment.positions, "positions")
+    if segment.bias is not None:
+        bias = segment.bias
+        if bias.dtype != torch.float32 or bias.stride(-1) != 1:
+            raise ValueError("decode: bias must be float32 and contiguous in its last dimension; convert it")
+
+    indices_ptr = counts_ptr = indices_row = rows = 0
+    page = 1
+    if selection is not None:
+        indices, counts = _int32(selection.indices, "indices"), _int32(selection.counts, "counts")
+        rows, page = indices.shape[0], selection.page
+        if rows not in (kv_heads, heads) or counts.shape[0] != rows:
+            raise ValueError(
+                f"decode: a selection of {rows} rows and {counts.shape[0]} counts; "
+                f"give one list per KV head ({kv_heads}) or per query head ({heads})"
+            )
+        indices_ptr, counts_ptr, indices_row = indices.data_ptr(), counts.data_ptr(), indices.stride(0)
+
+    out = torch.empty_like(q_HD)
+    lse = torch.empty(1, heads)
+    logits = None
+    if want_logits:
+        longest = int(lengths.max()) if kv_heads else 0
+        logits = torch.full((heads, longest), -torch.inf)
+
+    native = extension()
+    assert native is not None
+    pairs = native.decode(
+        q_HD.data_ptr(),
+        k.data_ptr(),
+        v.data_ptr(),
+        k_head,
+        k_row,
+        v_head,
+        v_row,
+        lengths.data_ptr(),
+        kv_heads,
+        group,
+        dim,
+        q_HD.dtype == torch.bfloat16,
+        position,
+        segment.start,
+        -1 if spec.window is None else spec.window,
+        0 if positions is None else positions.data_ptr(),
+        0 if positions is None else positions.stride(0),
+        0 if bias is None else bias.data_ptr(),
+        0 if bias is None else bias.stride(0),
+        spec.scale,
+        0.0 if spec.softcap is None else spec.softcap,
+        indices_ptr,
+        counts_ptr,
+        indices_row,
+        rows,
+        page,
+        out.data_ptr(),
+        lse.data_ptr(),
+        0 if logits is None else logits.data_ptr(),
+        0 if logits is None else logits.stride(0),
+    )
+    return Partial(out=out[None], lse=lse, pairs=pairs, logits=logits)
