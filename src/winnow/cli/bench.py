@@ -46,7 +46,7 @@ def demo(
         show.emit_json(report)
     else:
         show.console.print(bench.table(report))
-        show.console.print(bench.reading(report), style="dim")
+        show.console.print(bench.reading(), style="dim")
 
 
 @bench_app.command("kernels")

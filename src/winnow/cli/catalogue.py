@@ -60,7 +60,7 @@ def recipe_check(
     if model is not None:
         from winnow.models.load import load_model
 
-        found.check_model(load_model(model)[0])
+        found.check(layers=load_model(model)[0].layers)
     if as_json:
         show.emit_json({"ok": True, "fingerprint": found.fingerprint(), "recipe": found.to_dict()})
     else:

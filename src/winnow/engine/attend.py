@@ -60,7 +60,6 @@ class StepAttention:
         self._slices = slices
         self._layers = layers
         self._backend = backend
-        self.specs: list[AttentionSpec] = []
         self._positions = [
             torch.arange(at := s.sequence.store.length, at + s.last - s.first, dtype=torch.int32)
             for s in slices
@@ -70,7 +69,6 @@ class StepAttention:
         self, layer: int, q_NHD: Tensor, k_NHD: Tensor, v_NHD: Tensor, spec: AttentionSpec
     ) -> Tensor:
         """Attention of layer ``layer`` over the packed rows; shapes as in ``types.Attend``."""
-        self.specs.append(spec)
         outs = []
         for part, positions_T in zip(self._slices, self._positions, strict=True):
             rows = slice(part.first, part.last)

@@ -18,7 +18,7 @@ from winnow.types import AttentionSpec, Observation, Scores
 __all__ = ["compress", "uninterrupted"]
 
 
-def compress(sequence: Sequence, specs: list[AttentionSpec], stats: Stats) -> None:
+def compress(sequence: Sequence, specs: tuple[AttentionSpec, ...], stats: Stats) -> None:
     """Score, allocate, plan and apply, layer by layer where the budget allows it.
 
     Nothing changes in the store until every decision of its scope is made, and a Ctrl-C that
@@ -28,7 +28,7 @@ def compress(sequence: Sequence, specs: list[AttentionSpec], stats: Stats) -> No
     ----------
     sequence : Sequence
         Its prefill has just ended; the recipe has a compression.
-    specs : list of AttentionSpec
+    specs : tuple of AttentionSpec
         One per layer.
     stats : Stats
         Gets the entries before and after.

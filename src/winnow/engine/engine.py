@@ -20,7 +20,7 @@ from winnow.kernels.backend import Backend
 from winnow.recipe import Recipe
 from winnow.retrieval.protocol import Match, Pool
 from winnow.store.sequence import SequenceStore
-from winnow.types import AttentionSpec, LanguageModel
+from winnow.types import LanguageModel
 
 __all__ = ["Engine", "Event", "Progress", "TextStream"]
 
@@ -104,7 +104,7 @@ class Engine:
         backend: Backend = "auto",
         words: Callable[[], TextStream] | None = None,
     ) -> None:
-        recipe.check_model(model)
+        recipe.check(layers=model.layers)
         self.model = model
         self.recipe = recipe
         self.limits = limits or Limits()
@@ -113,7 +113,6 @@ class Engine:
         self.pool: Pool | None = recipe.retrieval.pool() if recipe.retrieval else None
         self._running: list[_Run] = []
         self._waiting: list[_Run] = []
-        self._specs: list[AttentionSpec] = []
 
     # ------------------------------------------------------------------ requests
 
@@ -287,7 +286,6 @@ class Engine:
                 torch.tensor(rows, dtype=torch.long, device=device),
                 attention,
             )
-            self._specs = attention.specs
             events: list[Event] = []
             row = 0
             for part, run in zip(slices, runs, strict=True):
@@ -300,7 +298,7 @@ class Engine:
                 for one in [run, *self._fork(run)]:
                     events.append(self._draw(one, logits_MV[row]))
                 row += 1
-        return [e for e in events if e is not None]
+        return events
 
     def _purity(self, run: _Run, part: Slice) -> None:
         """Extend the leading stretch that depends on the tokens and the generation alone."""
@@ -315,7 +313,7 @@ class Engine:
         sequence.turns += 1
         compression = self.recipe.compression
         if compression is not None and (compression.turns == "every" or sequence.turns == 1):
-            compress(sequence, self._specs, run.result.stats)
+            compress(sequence, self.model.specs, run.result.stats)
 
     def _fork(self, run: _Run) -> list[_Run]:
         """Give the waiting samples of a request a share of the prompt that was computed."""
