@@ -19,6 +19,11 @@ class Scorer(Protocol):
         """What the part asks of the engine."""
         ...
 
+    @property
+    def protects(self) -> int:
+        """Entries per head that are protected once a head holds that many."""
+        ...
+
     def score(self, seen: Observation) -> Scores:
         """Score the entries of one layer."""
         ...
@@ -30,6 +35,11 @@ class BudgetRule(Protocol):
     @property
     def scope(self) -> Literal["layer", "model"]:
         """``layer`` decides layer by layer; ``model`` waits for the scores of all layers."""
+        ...
+
+    @property
+    def least(self) -> int | None:
+        """The smallest budget that a long head can be given; None where there is no such bound."""
         ...
 
     def allocate(self, scores: Sequence[Scores], layers: Sequence[int], of: int) -> list[Budget]:
@@ -63,6 +73,16 @@ class Compress:
     budget: BudgetRule
     act: Action
     turns: Literal["first", "every"] = "first"
+
+    def __post_init__(self) -> None:
+        if self.turns not in ("first", "every"):
+            raise ValueError(f"compress: turns={self.turns!r} is unknown; give 'first' or 'every'")
+        least, protects = self.budget.least, self.score.protects
+        if least is not None and least <= protects:
+            raise ValueError(
+                f"compress: a budget of {least} entries has no room beside the {protects} protected ones; "
+                f"keep at least {protects + 1} or protect fewer"
+            )
 
     @property
     def needs(self) -> Needs:

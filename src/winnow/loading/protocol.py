@@ -51,6 +51,10 @@ class Selector(Protocol):
         """What the part asks of the engine."""
         ...
 
+    def check(self, layers: int) -> None:
+        """Raise ``ValueError``, with a remedy, where a model of so many layers cannot be served."""
+        ...
+
     def state(self) -> Any:
         """State for one sequence; it also carries what passes between layers of a step."""
         ...
