@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
+import os
 from functools import cache
 from types import ModuleType
 from typing import Literal
 
 import torch  # imported before the extension, which shares its OpenMP threads
 
-__all__ = ["Backend", "choose", "extension", "force_isa", "isas"]
+__all__ = ["Backend", "choose", "extension", "force_isa", "interpreted", "isas"]
 
 Backend = Literal["auto", "reference", "native", "triton"]
 
@@ -42,6 +43,11 @@ def force_isa(name: str) -> None:
     if native is None:
         raise ValueError("there are no native kernels to force; install a C++ compiler and reinstall")
     native.force_isa(name)
+
+
+def interpreted() -> bool:
+    """Whether Triton kernels run in Triton's interpreter, on CPU tensors (for tests; slow)."""
+    return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
 
 
 @cache
@@ -79,6 +85,10 @@ def choose(op: str, backend: Backend, device: torch.device, *, unsupported: str 
             raise ValueError(f"{op}: the native kernel cannot run: {unsupported}; use backend='auto'")
         return "native"
     if backend == "triton":
+        if device.type != "cuda" and not interpreted():
+            raise ValueError(
+                f"{op}: the Triton kernel needs a GPU, operands lie on {device}; use backend='auto'"
+            )
         return "triton"
     if backend != "auto":
         raise ValueError(f"unknown backend {backend!r}; choose auto, reference, native or triton")

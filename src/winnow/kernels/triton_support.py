@@ -1,0 +1,110 @@
+"""What every ``triton.py`` shares: the import with its remedy, and launch parameters.
+
+On a GPU a kernel's tile sizes come from Triton's autotuner. Under Triton's interpreter
+(``TRITON_INTERPRET=1``) there is nothing to time, so one fixed, small choice is used.
+"""
+
+# mypy: allow-untyped-defs, allow-untyped-calls, allow-any-generics
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from winnow.kernels.backend import interpreted
+from winnow.types import Segment
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError as error:
+    raise ImportError('the Triton kernels need Triton; pip install "winnow-llm[triton]"') from error
+
+__all__ = ["check_operands", "config", "next_power_of_2", "on_device", "ptr", "tl", "triton", "tuned"]
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def next_power_of_2(n: int) -> int:
+    return 1 << max(n - 1, 0).bit_length()
+
+
+def on_device(x: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """``x`` as a contiguous tensor of the device, without waiting for the device."""
+    return x.to(device=device, dtype=dtype, non_blocking=True).contiguous()
+
+
+def ptr(x: Tensor | None, stand_in: Tensor) -> Tensor:
+    """A pointer argument for an operand that may be absent (a flag keeps the kernel off it)."""
+    return stand_in if x is None else x
+
+
+def check_operands(op: str, q: Tensor, segment: Segment) -> None:
+    """Refuse what the attention kernels cannot read."""
+    if q.dtype not in DTYPES:
+        raise ValueError(f"{op}: no Triton kernel for {q.dtype}; use float32, float16 or bfloat16")
+    if not q.dtype == segment.k.dtype == segment.v.dtype:
+        raise ValueError(f"{op}: queries are {q.dtype}, entries {segment.k.dtype}; convert one of them")
+    if q.device != segment.k.device:
+        raise ValueError(f"{op}: queries lie on {q.device}, entries on {segment.k.device}; move one of them")
+    assert q.stride(-1) == segment.k.stride(-1) == segment.v.stride(-1) == 1
+
+
+def config(warps: int, stages: int, **tiles: int) -> Any:
+    return triton.Config(tiles, num_warps=warps, num_stages=stages)
+
+
+class _Fixed:
+    """A kernel with its tile sizes given: the autotuner's place under the interpreter."""
+
+    def __init__(self, kernel: Any, tiles: Mapping[str, int]) -> None:
+        self.kernel, self.tiles = kernel, dict(tiles)
+
+    def __getitem__(self, grid: Any) -> Callable[..., Any]:
+        def launch(*args: Any, **kwargs: Any) -> Any:
+            chosen = {**kwargs, **self.tiles}
+            return self.kernel[grid(chosen) if callable(grid) else grid](*args, **chosen)
+
+        return launch
+
+
+def tuned(
+    configs: Sequence[Any],
+    *,
+    key: Sequence[str],
+    small: Mapping[str, int],
+    keep: Callable[[Any, Mapping[str, Any]], bool] | None = None,
+) -> Callable[[Any], Any]:
+    """Decorate a kernel so that its tile sizes are timed once per ``key``.
+
+    Parameters
+    ----------
+    configs : sequence of triton.Config
+        What the autotuner may choose from.
+    key : sequence of str
+        Arguments whose values ask for a new timing (dtypes always do).
+    small : mapping
+        Tile sizes under the interpreter.
+    keep : callable, optional
+        ``keep(config, arguments)`` is False for configurations that do not fit the call; where
+        none fits, the first one is taken.
+    """
+
+    def prune(candidates, arguments, **keywords):
+        every = {**arguments, **keywords}
+        fitting = [c for c in candidates if keep is None or keep(c, every)]
+        return fitting or candidates[:1]
+
+    def decorate(kernel):
+        if interpreted():
+            return _Fixed(kernel, small)
+        return triton.autotune(
+            configs=list(configs),
+            key=list(key),
+            prune_configs_by={"early_config_prune": prune},
+            cache_results=True,
+        )(kernel)
+
+    return decorate
