@@ -15,7 +15,7 @@ Query heads are numbered ``h * G + g``: the ``G`` query heads of KV head ``h`` a
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -117,6 +117,11 @@ class Segment:
         return self.k.shape[0]
 
     @property
+    def codec(self) -> str:
+        """Form that the entries are stored in; ``"raw"`` is what the model computed."""
+        return "raw"
+
+    @property
     def bytes_per_entry(self) -> int:
         """Bytes that reading one entry (K and V of one head) moves."""
         return 2 * self.k.shape[2] * self.k.element_size()
@@ -127,6 +132,51 @@ class Segment:
         if self.positions is not None:
             return self.positions[head, :n]
         return torch.arange(self.start, self.start + n, dtype=torch.int32, device=self.k.device)
+
+    def decode(self, first: int = 0, last: int | None = None) -> Segment:
+        """Entries ``first .. last - 1`` of every head (all by default), decoded; here without a copy."""
+        longest = int(self.lengths.max())
+        if first == 0 and (last is None or last >= longest):
+            return self
+        last = longest if last is None else min(last, longest)
+        return Segment(
+            k=self.k[:, first:last],
+            v=self.v[:, first:last],
+            lengths=(self.lengths.clamp(max=last) - first).clamp_(min=0),
+            start=self.start + first,
+            positions=None if self.positions is None else self.positions[:, first:last],
+            bias=None if self.bias is None else self.bias[:, first:last],
+            tier=self.tier,
+            version=self.version,
+        )
+
+    def narrow(self, first: int, last: int) -> Segment:
+        """Entries ``first .. last - 1`` of every head, in the form they are stored in; no copy."""
+        return self.decode(first, last)
+
+    def tiles(self, entries: int) -> Iterator[Segment]:
+        """Decoded segments of at most ``entries`` entries per head that together hold all of it."""
+        for first in range(0, int(self.lengths.max()), entries):
+            yield self.decode(first, first + entries)
+
+    def gather(self, selection: Selection) -> Segment:
+        """The selected entries, copied into a decoded segment of one head per row of the selection.
+
+        Row ``r`` of the result belongs to KV head ``r // (R // H)``; entries ascend.
+        """
+        entries, counts = selection.entries(self.lengths)
+        heads = torch.arange(entries.shape[0]) // (entries.shape[0] // self.heads)
+        rows, at = heads.to(self.k.device).unsqueeze(1), entries.to(self.k.device)
+        positions = self.start + entries if self.positions is None else self.positions[rows, at]
+        return Segment(
+            k=self.k[rows, at],
+            v=self.v[rows, at],
+            lengths=counts,
+            positions=positions.to(torch.int32),
+            bias=None if self.bias is None else self.bias[rows, at],
+            tier=self.tier,
+            version=self.version,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -365,6 +415,27 @@ class Selection:
     indices: Tensor
     counts: Tensor
     page: int = 1
+
+    def entries(self, lengths: Tensor) -> tuple[Tensor, Tensor]:
+        """Spell the lists out, for a segment whose heads hold ``lengths`` (``[H]``) entries.
+
+        Returns
+        -------
+        entries : Tensor
+            ``[R, N * page]`` int64 entry numbers, ascending; 0 behind the end of a row.
+        counts : Tensor
+            ``[R]`` int32 valid entries per row.
+        """
+        rows, width = self.indices.shape
+        if rows % len(lengths):
+            raise ValueError(f"a selection of {rows} rows fits no segment of {len(lengths)} KV heads")
+        valid = torch.arange(width) < self.counts.cpu().unsqueeze(1)
+        entries = self.indices.cpu().long().unsqueeze(2) * self.page + torch.arange(self.page)
+        limit = lengths.long().repeat_interleave(rows // len(lengths)).view(-1, 1, 1)
+        valid = (valid.unsqueeze(2) & (entries < limit)).flatten(1)
+        far = torch.iinfo(torch.int64).max
+        entries = torch.where(valid, entries.flatten(1), far).sort(dim=1).values
+        return entries.masked_fill(entries == far, 0), valid.sum(1).to(torch.int32)
 
 
 @dataclass(frozen=True, kw_only=True)

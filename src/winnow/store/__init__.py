@@ -1,0 +1,6 @@
+"""The single owner of entries, lengths and positions, and the files they are saved in."""
+
+from winnow.store.codecs import EncodedSegment
+from winnow.store.sequence import SequenceStore
+
+__all__ = ["EncodedSegment", "SequenceStore"]
