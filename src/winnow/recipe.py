@@ -39,7 +39,7 @@ from winnow.loading.tidal import Tidal
 from winnow.retrieval.protocol import PoolPart
 from winnow.types import Needs
 
-__all__ = ["PARTS", "STAGES", "Recipe", "Slot", "nearest"]
+__all__ = ["PARTS", "STAGES", "Recipe", "Slot", "nearest", "parse_yaml", "read_value"]
 
 Slot = Literal["generation", "compression", "retrieval", "loading", "scorer", "budget", "action"]
 
@@ -240,7 +240,7 @@ class Recipe:
             if key not in known:
                 raise ValueError(f"recipe: unknown key {key!r}; {nearest(key, known)}")
         hints = get_type_hints(cls)
-        return cls(**{key: _decode(hints[key], value, key) for key, value in data.items()})
+        return cls(**{key: read_value(hints[key], value, key) for key, value in data.items()})
 
     def to_yaml(self) -> str:
         """The recipe as YAML text."""
@@ -305,8 +305,14 @@ def _encode(value: Any, *, strict: bool = False) -> Any:
     return {name: {f.name: _encode(getattr(value, f.name), strict=strict) for f in fields(value)}}
 
 
-def _decode(hint: Any, value: Any, where: str) -> Any:
-    """Plain data as what a field's annotation asks for."""
+def read_value(hint: Any, value: Any, where: str) -> Any:
+    """Plain data as what the annotation ``hint`` of a field or parameter asks for.
+
+    Raises
+    ------
+    ValueError
+        Where it will not do, beginning with ``where``.
+    """
     slot = _PROTOCOLS.get(hint)
     if slot is not None:
         return _decode_part(slot, value, where)
@@ -315,7 +321,7 @@ def _decode(hint: Any, value: Any, where: str) -> Any:
         if value is None and NoneType in args:
             return None
         (inner,) = (one for one in args if one is not NoneType)
-        return _decode(inner, value, where)
+        return read_value(inner, value, where)
     if origin is Literal:
         if value not in args:
             raise ValueError(f"{where}: unknown value {value!r}; {nearest(value, map(str, args))}")
@@ -323,7 +329,7 @@ def _decode(hint: Any, value: Any, where: str) -> Any:
     if origin is tuple:
         if not isinstance(value, (list, tuple)):
             raise ValueError(f"{where}: give a list, such as [1, 2], not {_kind(value)}")
-        return tuple(_decode(args[0], one, where) for one in value)
+        return tuple(read_value(args[0], one, where) for one in value)
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
@@ -359,4 +365,4 @@ def _decode_part(slot: Slot, value: Any, where: str) -> Any:
         if key not in params and field.default is MISSING and field.default_factory is MISSING:
             raise ValueError(f"{here}: the field {key!r} is missing; give {key}: ...")
     hints = get_type_hints(cls)
-    return cls(**{key: _decode(hints[key], one, f"{here}.{key}") for key, one in params.items()})
+    return cls(**{key: read_value(hints[key], one, f"{here}.{key}") for key, one in params.items()})

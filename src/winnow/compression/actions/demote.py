@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from winnow._check import integer
 from winnow.compression.actions.drop import kept
+from winnow.store.codecs import ENTRIES, codec_named
 from winnow.types import Budget, Plan, Scores, Tier
 
 __all__ = ["Demote"]
@@ -17,7 +18,7 @@ class Demote:
 
     With the budget ``Everything`` nothing is dropped and the part is a codec of the old
     entries alone. Demotion is by age: the oldest entries of every head, the same number in each
-    head and whole pages of them. Protection is from dropping; a protected entry that is old is
+    head and whole pages of ``winnow.store.codecs.ENTRIES``. Protection is from dropping; a protected entry that is old is
     demoted like the others.
 
     Attributes
@@ -28,20 +29,18 @@ class Demote:
         Newest entries of every head that keep their form and tier, at least 0.
     tier : {"device", "host", "disk"} or None
         Tier of the demoted entries; None leaves them where they are.
-    page : int
-        Entries per page of the store: only whole pages are demoted.
     """
 
     codec: str | None = "int8"
     recent: int = 64
     tier: Tier | None = None
-    page: int = 64
 
     def __post_init__(self) -> None:
         integer("demote", "recent", self.recent, 0)
-        integer("demote", "page", self.page, 1)
         if self.codec is None and self.tier is None:
             raise ValueError("demote: neither a codec nor a tier is named; give codec='int8' or tier='disk'")
+        if self.codec is not None:
+            codec_named(self.codec)
         if self.tier not in (None, "device", "host", "disk"):
             raise ValueError(f"demote: tier={self.tier!r} is unknown; give 'device', 'host' or 'disk'")
 
@@ -50,7 +49,7 @@ class Demote:
         keep = kept(scores, budget)
         held = scores.lengths.tolist() if keep is None else [one.numel() for one in keep]
         old = max(0, min(held, default=0) - self.recent)
-        demote = old // self.page * self.page
+        demote = old // ENTRIES * ENTRIES
         if demote == 0:
             return Plan(keep=keep)
         return Plan(keep=keep, codec=self.codec, demote=demote, tier=self.tier)
