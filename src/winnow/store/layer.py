@@ -309,6 +309,14 @@ class Layer:
                     f"the plan's list for head {head} must be ascending, unique and below {n}; sort it"
                 )
 
+    def restored_run(self, codec: str, tier: Tier) -> Run:
+        """The run at the end of ``front``, or the tail, for entries of a codec on a tier."""
+        if (codec, tier) == ("raw", self.shape.tier):
+            return self.tail
+        run = Run(self.shape, codec, tier)
+        self.front.append(run)
+        return run
+
     # ------------------------------------------------------------------ memory
 
     def _runs(self) -> list[Run | SharedRun]:

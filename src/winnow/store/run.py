@@ -213,6 +213,27 @@ class Run:
             for head, n in enumerate(lengths):
                 arena.retain(head, self.first // entries, -(-(self.first + n) // entries))
 
+    def restore(
+        self, rows: list[list[Tensor]], lengths: list[int], start: int, positions: list[Tensor] | None
+    ) -> None:
+        """Add encoded rows from a file, ``rows[plane][head]``, behind what the run holds."""
+        if not any(self.lengths):
+            self._restart(start)
+        follows = positions is None and all(start == self.start + n for n in self.lengths)
+        if not follows:
+            self.need_positions()
+        for head, n in enumerate(lengths):
+            at = self.first + self.lengths[head]
+            for arena, plane, parts in zip(self.arenas, self.planes, rows, strict=True):
+                e = plane.entries
+                arena.prepare(head, at // e, (at + n) // e)
+                arena.data[head, at // e : (at + n) // e] = parts[head]
+            if self._positions is not None:
+                self._positions.prepare(head, at, at + n)
+                own = torch.arange(start, start + n) if positions is None else positions[head]
+                self._positions.data[head, at : at + n, 0] = own
+        self.publish([have + n for have, n in zip(self.lengths, lengths, strict=True)])
+
     def drop_front(self, counts: list[int]) -> None:
         """Drop the oldest ``counts[h]`` entries of each head and give their memory back."""
         left = [n - c for n, c in zip(self.lengths, counts, strict=True)]

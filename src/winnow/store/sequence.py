@@ -12,7 +12,7 @@ from torch import Tensor
 
 from winnow.store.codecs import EncodedSegment
 from winnow.store.layer import Layer
-from winnow.store.run import Shape
+from winnow.store.run import Run, Shape
 from winnow.types import Plan, Segment, Tier
 
 __all__ = ["SequenceStore"]
@@ -194,6 +194,16 @@ class SequenceStore:
             raise ValueError(f"cannot roll back to {length} tokens, the sequence has {self._length}")
         for state in self._layers:
             state.truncate(length)
+        self._length = length
+
+    def restored_run(self, layer: int, codec: str, tier: Tier) -> Run:
+        """The run that entries from a file go to, oldest first; for :mod:`winnow.store.files`."""
+        return self._layers[layer].restored_run(codec, tier)
+
+    def restore(self, length: int) -> None:
+        """Set the length after all runs have come from a file; for :mod:`winnow.store.files`."""
+        for state in self._layers:
+            state.end = length
         self._length = length
 
     # ------------------------------------------------------------------ memory

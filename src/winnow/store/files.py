@@ -1,0 +1,369 @@
+"""A sequence in a file: written whole or not at all, checked bit by bit when it is read.
+
+Layout, little-endian::
+
+    8 bytes  magic "WINNOWKV"        4 bytes  format version
+    8 bytes  length of the index     4 bytes  CRC-32 of the index
+    index    JSON: the caller's header, the shape of the store, its runs and tensors
+    tensors  each at a multiple of 64 bytes, valid entries only, head after head
+
+Entries are written in the codec that they are stored in. CRC-32 finds torn and rotten files, not
+forged ones.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import struct
+import tempfile
+import zlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+from torch import Tensor
+
+from winnow.store.codecs import CODECS, EncodedSegment, Plane, codec_named
+from winnow.store.run import Run
+from winnow.store.sequence import SequenceStore
+from winnow.types import Segment
+
+__all__ = ["StoreFileError", "load", "read_header", "save"]
+
+MAGIC = b"WINNOWKV"
+VERSION = 1
+_HEAD = struct.Struct("<8sIQI")
+_ALIGN = 64
+_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+_INDEX_LIMIT = 1 << 30  # a longer index is taken for damage before memory is asked for
+
+
+class StoreFileError(ValueError):
+    """A sequence file cannot be written, or is not what it should be."""
+
+
+# --------------------------------------------------------------------------- writing
+
+
+def save(store: SequenceStore, path: str | Path, header: Mapping[str, Any]) -> None:
+    """Write a sequence to ``path``, atomically.
+
+    The data goes to a temporary file in the same directory, is forced to the disk, and takes the
+    name ``path`` only then. What was at ``path`` before stays there if anything fails.
+
+    Parameters
+    ----------
+    store : SequenceStore
+        Entries of a pool that it reads are written too.
+    path : path
+    header : mapping
+        JSON values that :func:`load` gives back, such as fingerprints and token ids.
+
+    Raises
+    ------
+    StoreFileError
+        No space, no permission or no such directory.
+    """
+    path = Path(path)
+    index, tensors = _index(store, header)
+    try:
+        descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
+    except OSError as error:
+        raise _unwritable(path, error) from error
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            _write(file, index, tensors)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(name, path)
+    except BaseException as error:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(name)
+        if isinstance(error, OSError):
+            raise _unwritable(path, error) from error
+        raise
+    directory = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)
+
+
+def _write(file: IO[bytes], index: bytes, tensors: list[list[Tensor]]) -> None:
+    file.write(_HEAD.pack(MAGIC, VERSION, len(index), zlib.crc32(index)))
+    file.write(index)
+    at = _HEAD.size + len(index)
+    for parts in tensors:
+        file.write(bytes(_aligned(at) - at))
+        at = _aligned(at)
+        for part in parts:
+            at += file.write(_buffer(part))
+
+
+def _index(store: SequenceStore, header: Mapping[str, Any]) -> tuple[bytes, list[list[Tensor]]]:
+    """The index, and per tensor its parts (one per head) in the order in which they are written."""
+    tensors: list[list[Tensor]] = []
+    sums: list[dict[str, int]] = []
+    end = 0
+
+    def add(parts: list[Tensor]) -> int:
+        nonlocal end
+        parts = [part.detach().cpu().contiguous() for part in parts]
+        begin, crc = _aligned(end), 0
+        end = begin
+        for part in parts:
+            crc = zlib.crc32(_buffer(part), crc)
+            end += part.numel() * part.element_size()
+        tensors.append(parts)
+        sums.append({"offset": begin, "bytes": end - begin, "crc": crc})
+        return len(tensors) - 1
+
+    runs = []
+    for layer in range(store.layers):
+        of_layer = []
+        for segment in store.segments(layer):
+            lengths: list[int] = segment.lengths.tolist()
+            planes = codec_named(segment.codec).planes(store.shape.head_dim, store.shape.dtype)
+            positions = segment.positions
+            of_layer.append(
+                {
+                    "codec": segment.codec,
+                    "tier": segment.tier,
+                    "start": segment.start,
+                    "lengths": lengths,
+                    "planes": [
+                        add([rows[head, : n // plane.entries] for head, n in enumerate(lengths)])
+                        for rows, plane in zip(_rows(segment), planes, strict=True)
+                    ],
+                    "positions": None
+                    if positions is None
+                    else add([positions[head, :n] for head, n in enumerate(lengths)]),
+                }
+            )
+        runs.append(of_layer)
+    shape = store.shape
+    index = {
+        "header": dict(header),
+        "store": {
+            "layers": store.layers,
+            "heads": shape.heads,
+            "head_dim": shape.head_dim,
+            "dtype": str(shape.dtype).removeprefix("torch."),
+            "capacity": shape.capacity,
+            "length": store.length,
+        },
+        "runs": runs,
+        "tensors": sums,
+        "bytes": end,
+    }
+    return json.dumps(index, separators=(",", ":")).encode(), tensors
+
+
+def _rows(segment: Segment | EncodedSegment) -> tuple[Tensor, ...]:
+    return segment.rows if isinstance(segment, EncodedSegment) else (segment.k, segment.v)
+
+
+# --------------------------------------------------------------------------- reading
+
+
+def read_header(path: str | Path) -> dict[str, Any]:
+    """The caller's header of a sequence file, without its entries.
+
+    Raises
+    ------
+    StoreFileError
+        The file is missing, foreign, torn or damaged.
+    """
+    with _opened(Path(path)) as file:
+        header = _read_index(file, Path(path))[0]["header"]
+    assert isinstance(header, dict)
+    return header
+
+
+def load(
+    path: str | Path,
+    expect: Mapping[str, Any] | None = None,
+    *,
+    device: str | torch.device = "cpu",
+    directory: str | Path | None = None,
+) -> tuple[SequenceStore, dict[str, Any]]:
+    """Read a sequence back.
+
+    Parameters
+    ----------
+    path : path
+    expect : mapping, optional
+        Values that the header must have, such as the fingerprints of model and recipe.
+    device : str or torch.device
+        Where attention will run.
+    directory : path, optional
+        Where entries of the disk tier go.
+
+    Returns
+    -------
+    store : SequenceStore
+    header : dict
+
+    Raises
+    ------
+    StoreFileError
+        The file is missing, foreign, torn, damaged or of another model or recipe.
+    """
+    path = Path(path)
+    with _opened(path) as file:
+        index, base = _read_index(file, path)
+        header: dict[str, Any] = index["header"]
+        for key, value in (expect or {}).items():
+            if header.get(key) != value:
+                raise StoreFileError(
+                    f"{path} was saved with another {key} ({header.get(key)!r}, not {value!r}); "
+                    f"open it with the {key} it was saved with"
+                )
+        try:
+            return _fill(file, path, index, base, device, directory), header
+        except (KeyError, TypeError, IndexError, AttributeError) as error:
+            raise _damaged(path, f"its index does not make sense ({error})") from error
+
+
+def _fill(
+    file: IO[bytes],
+    path: Path,
+    index: dict[str, Any],
+    base: int,
+    device: str | torch.device,
+    directory: str | Path | None,
+) -> SequenceStore:
+    form = index["store"]
+    if form["dtype"] not in _DTYPES:
+        raise _damaged(path, f"it names an unknown type {form['dtype']!r}")
+    store = SequenceStore(
+        layers=form["layers"],
+        heads=form["heads"],
+        head_dim=form["head_dim"],
+        dtype=_DTYPES[form["dtype"]],
+        capacity=form["capacity"],
+        device=device,
+        directory=directory,
+    )
+    try:
+        if len(index["runs"]) != store.layers or not 0 <= form["length"] <= form["capacity"]:
+            raise _damaged(path, "layers or length do not fit")
+        for layer, runs in enumerate(index["runs"]):
+            for record in runs:
+                _fill_run(file, path, index["tensors"], base, store, layer, record)
+        store.restore(form["length"])
+    except BaseException:
+        store.close()
+        raise
+    return store
+
+
+def _fill_run(
+    file: IO[bytes],
+    path: Path,
+    tensors: list[dict[str, int]],
+    base: int,
+    store: SequenceStore,
+    layer: int,
+    record: dict[str, Any],
+) -> None:
+    shape, lengths = store.shape, record["lengths"]
+    if record["codec"] not in CODECS:
+        raise StoreFileError(
+            f"{path} holds entries in an unknown codec {record['codec']!r}; "
+            "read it with the version that wrote it"
+        )
+    if record["tier"] not in ("device", "host", "disk"):
+        raise _damaged(path, f"it names an unknown tier {record['tier']!r}")
+    planes = codec_named(record["codec"]).planes(shape.head_dim, shape.dtype)
+    sound = len(lengths) == shape.heads and len(record["planes"]) == len(planes)
+    pages = max(plane.entries for plane in planes)
+    if not sound or any(not 0 <= n <= shape.capacity or n % pages for n in lengths):
+        raise _damaged(path, f"a run of layer {layer} has impossible lengths")
+
+    def read(number: int, plane: Plane) -> list[Tensor]:
+        counts = [n // plane.entries for n in lengths]
+        tensor = _read_tensor(file, path, base, tensors[number])
+        if tensor.numel() != sum(counts) * plane.width * plane.dtype.itemsize:
+            raise _damaged(path, f"a tensor of layer {layer} has the wrong size")
+        return list(torch.split(tensor.view(plane.dtype).view(-1, plane.width), counts))
+
+    rows = [read(number, plane) for number, plane in zip(record["planes"], planes, strict=True)]
+    positions = None
+    if record["positions"] is not None:
+        table = Plane(name="positions", dtype=torch.int32, width=1)
+        positions = [part[:, 0] for part in read(record["positions"], table)]
+        if any(len(p) and (int(p[0]) < 0 or bool((p.diff() <= 0).any())) for p in positions):
+            raise _damaged(path, f"positions of layer {layer} do not ascend")
+    tier = record["tier"] if record["tier"] == "disk" else shape.tier
+    run: Run = store.restored_run(layer, record["codec"], tier)
+    run.restore(rows, lengths, int(record["start"]), positions)
+
+
+def _read_index(file: IO[bytes], path: Path) -> tuple[dict[str, Any], int]:
+    head = file.read(_HEAD.size)
+    if len(head) < _HEAD.size or head[:8] != MAGIC:
+        raise StoreFileError(f"{path} is not a saved sequence; name a file that session.save wrote")
+    _, version, length, crc = _HEAD.unpack(head)
+    if version != VERSION:
+        raise StoreFileError(
+            f"{path} has format version {version}, this is version {VERSION}; "
+            "read it with the version that wrote it"
+        )
+    size = os.fstat(file.fileno()).st_size
+    if length > min(size, _INDEX_LIMIT):
+        raise _damaged(path, "it ends inside its index")
+    text = file.read(length)
+    if len(text) < length or zlib.crc32(text) != crc:
+        raise _damaged(path, "the checksum of its index does not match")
+    index = json.loads(text)
+    base = _aligned(_HEAD.size + length)
+    if index["bytes"] and size != base + index["bytes"]:
+        raise _damaged(path, f"it has {size} bytes instead of {base + index['bytes']}")
+    assert isinstance(index, dict)
+    return index, base
+
+
+def _read_tensor(file: IO[bytes], path: Path, base: int, entry: dict[str, int]) -> Tensor:
+    tensor = torch.empty(entry["bytes"], dtype=torch.uint8)
+    file.seek(base + entry["offset"])
+    buffer = _buffer(tensor)
+    # readinto of a raw file may stop early; a buffered one does not before the end of the file.
+    if file.readinto(buffer) != entry["bytes"]:  # type: ignore[attr-defined]
+        raise _damaged(path, "it ends inside a tensor")
+    if zlib.crc32(buffer) != entry["crc"]:
+        raise _damaged(path, "the checksum of a tensor does not match")
+    return tensor
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[IO[bytes]]:
+    try:
+        file = path.open("rb")
+    except OSError as error:
+        raise StoreFileError(
+            f"cannot read {path}: {error.strerror}; check the path and its permissions"
+        ) from error
+    with file:
+        yield file
+
+
+def _buffer(tensor: Tensor) -> memoryview:
+    return tensor.reshape(-1).view(torch.uint8).numpy().data
+
+
+def _aligned(offset: int) -> int:
+    return -(-offset // _ALIGN) * _ALIGN
+
+
+def _damaged(path: Path, why: str) -> StoreFileError:
+    return StoreFileError(f"{path} is damaged: {why}; restore it from a copy or save the session again")
+
+
+def _unwritable(path: Path, error: OSError) -> StoreFileError:
+    return StoreFileError(
+        f"cannot save to {path}: {error.strerror or error}; free space there or choose another place"
+    )
