@@ -1,0 +1,25 @@
+"""The one table of tolerances: (rtol, atol) of a kernel's output, by the dtype of its operands.
+
+Outputs are averages of values of unit scale. bfloat16 kernels are compared with the float32 reference of
+the same, already rounded, operands: what is left is the rounding of weights and of the result (2^-9 each).
+"""
+
+from __future__ import annotations
+
+import torch
+
+OUTPUT: dict[torch.dtype, tuple[float, float]] = {
+    torch.float32: (1e-5, 1e-5),
+    torch.bfloat16: (1.6e-2, 1.6e-2),
+}
+# Log-sum-exps and logits are float32 whatever the operands: exact products, float32 sums.
+LOG_SUM_EXP: dict[torch.dtype, tuple[float, float]] = {
+    torch.float32: (1e-5, 2e-5),
+    torch.bfloat16: (1e-5, 2e-4),
+}
+# Matrix-vector products of unit scale: float32 sums in another order, then one rounding to the dtype of x
+# (AVX-512 multiplies bfloat16 pairs exactly and flushes denormal sums, far below this).
+MATVEC: dict[torch.dtype, tuple[float, float]] = {
+    torch.float32: (1e-5, 1e-5),
+    torch.bfloat16: (8e-3, 1e-5),
+}
