@@ -7,7 +7,7 @@ window cuts through, pay for the comparison of positions.
 """
 
 # Kernels are written in Triton's language, whose values have no Python types.
-# mypy: allow-untyped-defs, allow-untyped-calls, allow-untyped-decorators
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
 from __future__ import annotations
 
 from collections.abc import Mapping
@@ -17,11 +17,16 @@ import torch
 from torch import Tensor
 
 from winnow.kernels.triton_support import (
+    LN2,
+    LOG2E,
     check_operands,
     config,
+    count_below,
+    entries_before,
     next_power_of_2,
     on_device,
     ptr,
+    soft_capped,
     tl,
     triton,
     tuned,
@@ -33,35 +38,6 @@ __all__ = ["count_pairs", "prefill"]
 FORMS = {Dense: 0, Window: 1, Blocks: 2, Stripes: 3}
 # The same numbers where kernels can see them.
 WINDOW, BLOCKS, STRIPES = (tl.constexpr(n) for n in (1, 2, 3))
-LOG2E, LN2 = tl.constexpr(1.4426950408889634), tl.constexpr(0.6931471805599453)
-
-
-@triton.jit
-def count_below(values, n, bound):
-    """How many of ``values[:n]``, ascending, are below ``bound``."""
-    low = n * 0
-    high = n
-    while low < high:
-        middle = (low + high) // 2
-        below = tl.load(values + middle) < bound
-        low = tl.where(below, middle + 1, low)
-        high = tl.where(below, high, middle)
-    return low
-
-
-@triton.jit
-def entries_before(bound, S, start, positions, POSITIONS: tl.constexpr):
-    """How many of the ``S`` entries of a head have a position below ``bound``."""
-    if POSITIONS:
-        return count_below(positions, S, bound)
-    else:
-        return tl.minimum(tl.maximum(bound - start, 0), S)
-
-
-@triton.jit
-def soft_capped(x, cap):
-    """``cap * tanh(x / cap)``; the exponential saturates at both ends, so nothing overflows."""
-    return cap * (1.0 - 2.0 / (1.0 + tl.exp(2.0 * x / cap)))
 
 
 @triton.jit

@@ -1,0 +1,268 @@
+// The arithmetic of one group of query rows against one tile of packed keys and values.
+//
+// A tile is up to kTileKeys / 16 panels. A K panel holds, for each word of the head dimension, that word
+// of 16 keys; a V panel holds, for each word along its 16 keys, that word of every output dimension. Both
+// are read with full vectors while one word of the query (of the weights) is broadcast.
+#pragma once
+#include <cmath>
+#include <limits>
+
+#include "prefill_simd.h"
+
+namespace winnow {
+namespace WINNOW_ISA {
+
+constexpr int kMaxPanels = 16;  // panels per tile
+constexpr int kTileKeys = kMaxPanels * kPanel;
+constexpr float kLog2E = 1.44269504088896341f;
+constexpr float kLn2 = 0.69314718055994531f;
+constexpr float kNoMax = -std::numeric_limits<float>::infinity();
+// Weights are exponentials against a reference that may lag behind the row's maximum by this many powers
+// of two; only then are the row's sums rescaled. The result is exact either way.
+constexpr float kLag = 8.f;
+
+// Slots of a list that a row sees: [a0, a1) and [b0, b1), with a1 <= b0.
+struct Visible {
+  int32_t a0, a1, b0, b1;
+  int64_t count() const { return int64_t{a1} - a0 + b1 - b0; }
+};
+
+// What the rows of a group share about a list.
+struct GroupSpan {
+  int32_t any0, any1;      // no row sees a slot outside
+  int32_t all_a0, all_a1;  // every row sees these,
+  int32_t all_b0, all_b1;  // and these
+};
+
+struct TileMaths {
+  float scale;  // times log2(e)
+  float plain_scale, softcap;
+  bool transforms;  // softcap or bias
+};
+
+// A group's state; row r of the group is at [r].
+struct Group {
+  const uint32_t* q;  // [words][rows], interleaved
+  float* o;           // [rows][D]
+  float* m;           // [rows] reference exponent
+  float* l;           // [rows][kLanes] partial sums of the weights
+  float* top;         // [rows][kLanes] largest scaled logit times log2(e), or null
+  const Visible* visible[kTileRows];
+  GroupSpan span;
+};
+
+struct Tile {
+  const uint32_t* k[kMaxPanels];
+  const uint32_t* v[kMaxPanels];
+  const float* bias[kMaxPanels];
+  int panels;
+  int32_t slot;  // list slot of the first key
+};
+
+// Per-thread buffers of one group and tile.
+struct TileBuffers {
+  float* s;        // [kTileRows][kTileKeys] logits
+  uint32_t* p;     // [kTileRows][kTileKeys] words of weights
+  float* highest;  // [kTileRows][kLanes]
+};
+
+template <class Way, int R, int N>
+static inline void qk_micro(const uint32_t* q, const uint32_t* const* k, int words, float* s, float* highest) {
+  constexpr int NV = N * kPanelVectors;
+  Vec acc[R][NV];
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+    for (int j = 0; j < NV; ++j) acc[r][j] = Vec{};
+  const uint32_t* kp[N];
+#pragma GCC unroll 8
+  for (int n = 0; n < N; ++n) kp[n] = k[n];
+#pragma GCC unroll 1
+  for (int w = 0; w < words; ++w) {
+    Vec b[NV];
+#pragma GCC unroll 8
+    for (int j = 0; j < NV; ++j) b[j] = load(kp[j / kPanelVectors] + w * kPanel + j % kPanelVectors * kLanes);
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+      const Vec a = splat_word(q + w * R + r);
+#pragma GCC unroll 8
+      for (int j = 0; j < NV; ++j) acc[r][j] = Way::dot(acc[r][j], a, b[j]);
+    }
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r) {
+    Vec top = load(highest + r * kLanes);
+#pragma GCC unroll 8
+    for (int j = 0; j < NV; ++j) {
+      store(s + r * kTileKeys + j * kLanes, acc[r][j]);
+      top = larger(acc[r][j], top);
+    }
+    store(highest + r * kLanes, top);
+  }
+}
+
+template <class Way, int R, int NV>
+static inline void pv_micro(const uint32_t* p, const uint32_t* const* v, int panels, int at, int D, float* o) {
+  constexpr int kSteps = kPanel / Way::kPerWord;
+  Vec acc[R][NV];
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+    for (int j = 0; j < NV; ++j) acc[r][j] = load(o + r * D + at + j * kLanes);
+#pragma GCC unroll 1
+  for (int n = 0; n < panels; ++n) {
+    const uint32_t* from = v[n] + at;
+#pragma GCC unroll 1
+    for (int w = 0; w < kSteps; ++w, from += D, ++p) {
+      Vec b[NV];
+#pragma GCC unroll 8
+      for (int j = 0; j < NV; ++j) b[j] = load(from + j * kLanes);
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) {
+        const Vec a = splat_word(p + r * kTileKeys);
+#pragma GCC unroll 8
+        for (int j = 0; j < NV; ++j) acc[r][j] = Way::dot(acc[r][j], a, b[j]);
+      }
+    }
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+    for (int j = 0; j < NV; ++j) store(o + r * D + at + j * kLanes, acc[r][j]);
+}
+
+template <class Way, int R>
+static inline void qk_rows(const uint32_t* q, const uint32_t* const* k, int panels, int words, float* s,
+                           float* highest) {
+  int n = 0;
+  for (; n + kTilePanels <= panels; n += kTilePanels)
+    qk_micro<Way, R, kTilePanels>(q, k + n, words, s + n * kPanel, highest);
+  if constexpr (kTilePanels > 1) {
+    if (panels - n == 1) qk_micro<Way, R, 1>(q, k + n, words, s + n * kPanel, highest);
+    if (panels - n == 2) qk_micro<Way, R, 2>(q, k + n, words, s + n * kPanel, highest);
+    if (panels - n == 3) qk_micro<Way, R, 3>(q, k + n, words, s + n * kPanel, highest);
+  }
+}
+
+template <class Way, int R>
+static inline void pv_rows(const uint32_t* p, const uint32_t* const* v, int panels, int D, float* o) {
+  constexpr int kWide = kTileVectors * kLanes;
+  int at = 0;
+  for (; at + kWide <= D; at += kWide) pv_micro<Way, R, kTileVectors>(p, v, panels, at, D, o);
+  const int left = (D - at) / kLanes;
+  if (left == 1) pv_micro<Way, R, 1>(p, v, panels, at, D, o);
+  if constexpr (kTileVectors > 2) {
+    if (left == 2) pv_micro<Way, R, 2>(p, v, panels, at, D, o);
+    if (left == 3) pv_micro<Way, R, 3>(p, v, panels, at, D, o);
+  }
+}
+
+// Softcap, bias and mask, in place; afterwards logits are in powers of two where `maths.transforms`.
+static inline void transform_row(float* s, const Tile& tile, int first, int panels, const Visible& seen, bool mask,
+                                 const TileMaths& maths, float* highest) {
+  Vec top = splat(kNoMax);
+  const VecInt lanes = iota();
+  for (int n = 0; n < panels; ++n) {
+    const float* bias = tile.bias[first + n];
+    for (int i = 0; i < kPanelVectors; ++i) {
+      float* at = s + n * kPanel + i * kLanes;
+      Vec x = load(at);
+      if (maths.transforms) {
+        x = x * splat(maths.plain_scale);
+        if (maths.softcap > 0) {
+          // tanh(y) = 1 - 2 / (e^2y + 1); the exponent is clamped where tanh is 1 in float32.
+          Vec y = x * splat(2 * kLog2E / maths.softcap);
+          y = y > splat(40.f) ? splat(40.f) : y;
+          x = splat(maths.softcap) * (splat(1.f) - splat(2.f) / (exp2v<5>(y) + splat(1.f)));
+        }
+        if (bias != nullptr) x = x + load(bias + i * kLanes);
+        x = x * splat(kLog2E);
+      }
+      if (mask) {
+        const VecInt slot = lanes + (tile.slot + (first + n) * kPanel + i * kLanes);
+        const VecInt seen_lanes =
+            ((slot >= seen.a0) & (slot < seen.a1)) | ((slot >= seen.b0) & (slot < seen.b1));
+        x = seen_lanes ? x : splat(kNoMax);
+      }
+      store(at, x);
+      top = larger(x, top);
+    }
+  }
+  store(highest, top);
+}
+
+// Weights of one row, and its running sums. `scale` turns logits into powers of two.
+template <class Way>
+static inline void weigh_row(const float* s, uint32_t* p, int panels, float scale, const float* highest, int D,
+                             float* o, float* m, float* l, float* top) {
+  const Vec high = load(highest) * splat(scale);
+  if (top != nullptr) store(top, larger(high, load(top)));
+  if (any_greater(high, splat(*m + kLag))) {
+    const float next = largest(high);
+    const Vec factor = exp2v<5>(splat(*m - next));
+    for (int d = 0; d < D; d += kLanes) store(o + d, load(o + d) * factor);
+    store(l, load(l) * factor);
+    *m = next;
+  }
+  // Before anything was seen the reference is -inf; any finite one serves, every weight is then zero.
+  const Vec reference = splat(*m == kNoMax ? 0.f : *m);
+  Vec total = load(l);
+  for (int n = 0; n < panels; ++n) {
+    Vec w[kPanelVectors];
+#pragma GCC unroll 4
+    for (int i = 0; i < kPanelVectors; ++i) {
+      w[i] = exp2v<Way::kExpDegree>(load(s + n * kPanel + i * kLanes) * splat(scale) - reference);
+      total = total + w[i];
+    }
+    Way::store_panel(p + n * (kPanel / Way::kPerWord), w);
+  }
+  store(l, total);
+}
+
+template <class Way, int R>
+static void attend_rows(const Group& group, const Tile& tile, int words, int D, const TileMaths& maths,
+                        const TileBuffers& buffers) {
+  // Panels outside of what any row sees are left out; the mask is applied only where some row sees less.
+  const int32_t end = tile.slot + tile.panels * kPanel;
+  if (group.span.any0 >= end || group.span.any1 <= tile.slot) return;
+  const int first = group.span.any0 > tile.slot ? (group.span.any0 - tile.slot) / kPanel : 0;
+  const int last =
+      group.span.any1 < end ? (group.span.any1 - tile.slot + kPanel - 1) / kPanel : tile.panels;
+  const int panels = last - first;
+  const int32_t x0 = tile.slot + first * kPanel, x1 = tile.slot + last * kPanel;
+  const bool whole = (x0 >= group.span.all_b0 && x1 <= group.span.all_b1) ||
+                     (x0 >= group.span.all_a0 && x1 <= group.span.all_a1);
+
+  for (int r = 0; r < R; ++r) store(buffers.highest + r * kLanes, splat(kNoMax));
+  qk_rows<Way, R>(group.q, tile.k + first, panels, words, buffers.s, buffers.highest);
+  if (!whole || maths.transforms)
+    for (int r = 0; r < R; ++r)
+      transform_row(buffers.s + r * kTileKeys, tile, first, panels, *group.visible[r], !whole, maths,
+                    buffers.highest + r * kLanes);
+  const float scale = maths.transforms ? 1.f : maths.scale;
+  for (int r = 0; r < R; ++r)
+    weigh_row<Way>(buffers.s + r * kTileKeys, buffers.p + r * kTileKeys, panels, scale,
+                   buffers.highest + r * kLanes, D, group.o + r * D, group.m + r, group.l + r * kLanes,
+                   group.top == nullptr ? nullptr : group.top + r * kLanes);
+  pv_rows<Way, R>(buffers.p, tile.v + first, panels, D, group.o);
+}
+
+template <class Way>
+static inline void attend(int rows, const Group& group, const Tile& tile, int words, int D, const TileMaths& maths,
+                          const TileBuffers& buffers) {
+  static_assert(kTileRows <= 6, "one case per number of rows");
+  if (rows == kTileRows) return attend_rows<Way, kTileRows>(group, tile, words, D, maths, buffers);
+  if constexpr (kTileRows > 1)
+    if (rows == 1) return attend_rows<Way, 1>(group, tile, words, D, maths, buffers);
+  if constexpr (kTileRows > 2)
+    if (rows == 2) return attend_rows<Way, 2>(group, tile, words, D, maths, buffers);
+  if constexpr (kTileRows > 3)
+    if (rows == 3) return attend_rows<Way, 3>(group, tile, words, D, maths, buffers);
+  if constexpr (kTileRows > 4)
+    if (rows == 4) return attend_rows<Way, 4>(group, tile, words, D, maths, buffers);
+  if constexpr (kTileRows > 5)
+    if (rows == 5) return attend_rows<Way, 5>(group, tile, words, D, maths, buffers);
+}
+
+}  // namespace WINNOW_ISA
+}  // namespace winnow
