@@ -191,7 +191,7 @@ class Engine:
     def _check(self, tokens: Seq[int], earlier: int) -> None:
         if len(tokens) == 0:
             raise ValueError("the prompt is empty; give at least one token")
-        if not all(0 <= t < self.model.vocab_size for t in tokens):
+        if min(tokens) < 0 or max(tokens) >= self.model.vocab_size:
             raise ValueError(f"a token id lies outside the vocabulary of {self.model.vocab_size}")
         total, limit = earlier + len(tokens), self.model.max_length
         if total >= limit:
