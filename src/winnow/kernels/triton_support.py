@@ -1,10 +1,10 @@
-"""What every ``triton.py`` shares: the import with its remedy, and launch parameters.
+"""What every ``triton.py`` shares: the import with its remedy, launch parameters, small functions.
 
 On a GPU a kernel's tile sizes come from Triton's autotuner. Under Triton's interpreter
 (``TRITON_INTERPRET=1``) there is nothing to time, so one fixed, small choice is used.
 """
 
-# mypy: allow-untyped-defs, allow-untyped-calls, allow-any-generics
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
@@ -22,13 +22,37 @@ try:
 except ImportError as error:
     raise ImportError('the Triton kernels need Triton; pip install "winnow-llm[triton]"') from error
 
-__all__ = ["check_operands", "config", "next_power_of_2", "on_device", "ptr", "tl", "triton", "tuned"]
+__all__ = [
+    "LN2",
+    "LOG2E",
+    "check_operands",
+    "config",
+    "count_below",
+    "entries_before",
+    "next_power_of_2",
+    "on_device",
+    "processors",
+    "ptr",
+    "soft_capped",
+    "tl",
+    "triton",
+    "tuned",
+]
 
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def next_power_of_2(n: int) -> int:
     return 1 << max(n - 1, 0).bit_length()
+
+
+def processors(device: torch.device) -> int:
+    """Multiprocessors of a GPU; a few under the interpreter, so that work is still split."""
+    if device.type != "cuda":
+        return 2
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
 def on_device(x: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
@@ -108,3 +132,31 @@ def tuned(
         )(kernel)
 
     return decorate
+
+
+@triton.jit
+def count_below(values, n, bound):
+    """How many of ``values[:n]``, ascending, are below ``bound``."""
+    low = n * 0
+    high = n
+    while low < high:
+        middle = (low + high) // 2
+        below = tl.load(values + middle) < bound
+        low = tl.where(below, middle + 1, low)
+        high = tl.where(below, high, middle)
+    return low
+
+
+@triton.jit
+def entries_before(bound, S, start, positions, POSITIONS: tl.constexpr):
+    """How many of the ``S`` entries of a head have a position below ``bound``."""
+    if POSITIONS:
+        return count_below(positions, S, bound)
+    else:
+        return tl.minimum(tl.maximum(bound - start, 0), S)
+
+
+@triton.jit
+def soft_capped(x, cap):
+    """``cap * tanh(x / cap)``; the exponential saturates at both ends, so nothing overflows."""
+    return cap * (1.0 - 2.0 / (1.0 + tl.exp(2.0 * x / cap)))
