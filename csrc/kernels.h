@@ -6,6 +6,7 @@
 #include "decode.h"
 #include "key_scan.h"
 #include "matvec.h"
+#include "pointwise.h"
 #include "prefill.h"
 #include "quantize.h"
 #include "top_k.h"
@@ -19,6 +20,7 @@ struct KernelTable {
   KeyScanKernels key_scan;
   TopKKernels top_k;
   QuantizeKernels quantize;
+  PointwiseKernels pointwise;
 };
 
 #define WINNOW_DECLARE_TABLE(isa) \

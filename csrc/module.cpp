@@ -13,6 +13,7 @@ void bind_matvec(nb::module_& m);
 void bind_key_scan(nb::module_& m);
 void bind_top_k(nb::module_& m);
 void bind_quantize(nb::module_& m);
+void bind_pointwise(nb::module_& m);
 }  // namespace winnow
 
 NB_MODULE(_native, m) {
@@ -25,4 +26,5 @@ NB_MODULE(_native, m) {
   winnow::bind_key_scan(m);
   winnow::bind_top_k(m);
   winnow::bind_quantize(m);
+  winnow::bind_pointwise(m);
 }

@@ -10,10 +10,11 @@ MatvecKernels matvec_kernels();
 KeyScanKernels key_scan_kernels();
 TopKKernels top_k_kernels();
 QuantizeKernels quantize_kernels();
+PointwiseKernels pointwise_kernels();
 
 const KernelTable* table() {
   static const KernelTable kernels{prefill_kernels(), decode_kernels(), matvec_kernels(),
-                                   key_scan_kernels(), top_k_kernels(), quantize_kernels()};
+                                   key_scan_kernels(), top_k_kernels(), quantize_kernels(), pointwise_kernels()};
   return &kernels;
 }
 
