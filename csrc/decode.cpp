@@ -7,6 +7,7 @@
 
 #include <cmath>
 #include <limits>
+#include <stdexcept>
 #include <vector>
 
 #ifdef _OPENMP
@@ -31,7 +32,8 @@ struct Row {
   int64_t head;           // KV head
   int64_t query, queries; // first query head, how many
   int64_t lo, hi;         // visible entries; positions ascend, so they are one range
-  const int32_t* list;    // null: all visible
+  bool listed;            // otherwise all visible
+  const int32_t* list;
   int64_t items;          // entries or pages listed
 };
 
@@ -43,11 +45,12 @@ struct Chunk {
 
 Row make_row(const DecodeArgs& a, int64_t r) {
   Row row;
-  const bool per_query = a.indices && a.rows != a.heads;
+  const bool per_query = a.rows && a.rows != a.heads;
   row.head = per_query ? r / a.group : r;
   row.query = per_query ? r : r * a.group;
   row.queries = per_query ? 1 : a.group;
   const int64_t n = a.lengths[row.head];
+  if (n < 0 || n > a.capacity) throw std::invalid_argument("decode: a length lies outside the reserve");
   const int64_t oldest = a.window < 0 ? std::numeric_limits<int64_t>::min() : a.position - a.window + 1;
   if (a.positions) {
     const int32_t* at = a.positions + row.head * a.positions_head;
@@ -57,8 +60,11 @@ Row make_row(const DecodeArgs& a, int64_t r) {
     row.hi = std::clamp<int64_t>(a.position - a.start + 1, 0, n);
     row.lo = a.window < 0 ? 0 : std::clamp<int64_t>(oldest - a.start, 0, row.hi);
   }
-  row.list = a.indices ? a.indices + r * a.indices_row : nullptr;
-  row.items = row.hi == row.lo ? 0 : row.list ? a.counts[r] : row.hi - row.lo;
+  if (a.rows && (a.counts[r] < 0 || a.counts[r] > a.listed))
+    throw std::invalid_argument("decode: a count of the selection lies outside its list");
+  row.list = a.rows ? a.indices + r * a.indices_row : nullptr;
+  row.listed = a.rows > 0;
+  row.items = row.hi == row.lo ? 0 : row.listed ? a.counts[r] : row.hi - row.lo;
   return row;
 }
 
@@ -138,7 +144,7 @@ class Worker {
   // Entry numbers of a chunk that are visible; a dense chunk needs no list.
   int64_t list_entries(const Row& row, const Chunk& chunk) {
     first_ = row.lo + chunk.first;
-    if (!row.list) return chunk.last - chunk.first;
+    if (!row.listed) return chunk.last - chunk.first;
     entries_.resize(static_cast<size_t>((chunk.last - chunk.first) * a_.page));
     int32_t* to = entries_.data();
     for (int64_t i = chunk.first; i < chunk.last; ++i) {
@@ -149,7 +155,7 @@ class Worker {
     return to - entries_.data();
   }
 
-  int64_t entry(int64_t i) const { return row_->list ? entries_[static_cast<size_t>(i)] : first_ + i; }
+  int64_t entry(int64_t i) const { return row_->listed ? entries_[static_cast<size_t>(i)] : first_ + i; }
 
   // Pointers to BLOCK rows of K or V from entry i on; behind the end they show a row of zeros.
   void point(const T** to, bool values, int64_t i, int64_t n) const {
@@ -157,7 +163,7 @@ class Worker {
     const T* base = values ? v_ : k_;
     const int64_t stride = values ? a_.v_row : a_.k_row;
     const int have = static_cast<int>(std::clamp<int64_t>(n - i, 0, BLOCK));
-    if (row_->list) {
+    if (row_->listed) {
       for (int j = 0; j < have; ++j) to[j] = base + entries_[static_cast<size_t>(i + j)] * stride;
     } else {
       for (int j = 0; j < have; ++j) to[j] = base + (first_ + i + j) * stride;
@@ -169,13 +175,61 @@ class Worker {
   void softmax(Pass& pass, int64_t tile, int n) {
     float* x = pass.logits;
     const int whole = (n + 7) / 8 * 8;
-    for (int i = 0; i < n * HEADS; ++i) x[i] *= a_.scale;
-    if (a_.softcap > 0.f) {
-      for (int i = 0; i < n * HEADS; ++i) {
-        // tanh(y) = 1 - 2 / (1 + e^2y); beyond 15 it is 1 in float32
-        const float y = std::min(std::max(x[i] / a_.softcap, -15.f), 15.f);
-        x[i] = a_.softcap * (1.f - 2.f / (1.f + exp2_fast(2.f * LOG2E * y)));
+    if (a_.softcap > 0.f || a_.bias || a_.logits) {
+      adjust(pass, tile, n);
+    } else {
+      for (int i = 0; i < n * HEADS; i += LANES) store(x + i, load(x + i) * a_.scale);
+    }
+    std::fill(x + n * HEADS, x + whole * HEADS, MINUS_INF);
+
+    float top[LANES], shift[LANES], sum[LANES];
+    Vec best = splat(MINUS_INF), best2 = best;
+    for (int i = 0; i < whole * HEADS; i += 2 * LANES) {
+      best = larger(load(x + i), best);
+      best2 = larger(load(x + i + LANES), best2);
+    }
+    store(top, larger(best, best2));
+    float down[LANES];
+    bool moved = false;
+    for (int g = 0; g < HEADS; ++g) {
+      const float most =
+          std::max(pass.top[g], std::max(std::max(top[g], top[g + 4]), std::max(top[g + 8], top[g + 12])));
+      // While nothing was seen the maximum is -inf: shift by 0 there so that no NaN appears.
+      const float by = most == MINUS_INF ? 0.f : most;
+      for (int j = g; j < LANES; j += HEADS) {
+        shift[j] = by * LOG2E;
+        down[j] = (pass.top[g] - by) * LOG2E;
       }
+      moved |= most != pass.top[g];
+      pass.top[g] = most;
+    }
+    store(down, exp2_fast(load(down)));
+    const Vec by = load(shift);
+    Vec total = {};
+    for (int i = 0; i < whole * HEADS; i += LANES) {
+      const Vec p = exp2_fast(load(x + i) * LOG2E - by);
+      store(x + i, p);
+      total += p;
+    }
+    store(sum, total);
+    for (int g = 0; g < HEADS; ++g)
+      pass.total[g] = pass.total[g] * down[g] + (sum[g] + sum[g + 4]) + (sum[g + 8] + sum[g + 12]);
+    if (moved) pass.sums.rescale(down, dim_);
+  }
+
+  // Scale, soft cap and bias of a tile's logits, and the copy that the caller asked for.
+  void adjust(Pass& pass, int64_t tile, int n) {
+    float* x = pass.logits;
+    for (int i = 0; i < n * HEADS; i += LANES) {
+      Vec y = load(x + i) * a_.scale;
+      if (a_.softcap > 0.f) {
+        // tanh(z) = 1 - 2 / (1 + e^2z); beyond 15 it is 1 in float32
+        Vec z = y / a_.softcap;
+        z = z > 15.f ? splat(15.f) : z;
+        z = z < -15.f ? splat(-15.f) : z;
+        y = a_.softcap * (1.f - 2.f / (1.f + exp2_fast(z * (2.f * LOG2E))));
+      }
+      store(x + i, y);
     }
     if (a_.bias) {
       const float* bias = a_.bias + row_->head * a_.bias_head;
@@ -190,32 +244,6 @@ class Worker {
         for (int i = 0; i < n; ++i) to[entry(tile + i)] = x[i * HEADS + g];
       }
     }
-    std::fill(x + n * HEADS, x + whole * HEADS, MINUS_INF);
-
-    constexpr int LANES = 16;
-    alignas(64) float top[LANES], shift[LANES], total[LANES] = {};
-    for (int j = 0; j < LANES; ++j) top[j] = pass.top[j % HEADS];
-    for (int i = 0; i < whole * HEADS; i += LANES)
-      for (int j = 0; j < LANES; ++j) top[j] = x[i + j] > top[j] ? x[i + j] : top[j];
-    float down[HEADS];
-    bool moved = false;
-    for (int g = 0; g < HEADS; ++g) {
-      const float best = std::max(std::max(top[g], top[g + 4]), std::max(top[g + 8], top[g + 12]));
-      // While nothing was seen the maximum is -inf: shift by 0 there so that no NaN appears.
-      const float by = best == MINUS_INF ? 0.f : best;
-      for (int j = g; j < LANES; j += HEADS) shift[j] = by;
-      down[g] = best == pass.top[g] ? 1.f : exp2_fast((pass.top[g] - by) * LOG2E);
-      moved |= best != pass.top[g];
-      pass.top[g] = best;
-    }
-    for (int i = 0; i < whole * HEADS; i += LANES)
-      for (int j = 0; j < LANES; ++j) {
-        x[i + j] = exp2_fast((x[i + j] - shift[j]) * LOG2E);
-        total[j] += x[i + j];
-      }
-    for (int g = 0; g < HEADS; ++g)
-      pass.total[g] = pass.total[g] * down[g] + (total[g] + total[g + 4]) + (total[g + 8] + total[g + 12]);
-    if (moved) pass.sums.rescale(down, HEADS, dim_);
   }
 
   const DecodeArgs& a_;
@@ -248,7 +276,7 @@ void merge(const std::vector<const float*>& parts, int64_t dim, T* out, float* l
 
 template <typename T>
 int64_t decode(const DecodeArgs& a) {
-  const int64_t rows = a.indices ? a.rows : a.heads;
+  const int64_t rows = a.rows ? a.rows : a.heads;
   int threads = 1;
 #ifdef _OPENMP
   if (!omp_in_parallel()) threads = omp_get_max_threads();
@@ -257,12 +285,12 @@ int64_t decode(const DecodeArgs& a) {
   int64_t work = 0;  // entries, at most
   for (int64_t r = 0; r < rows; ++r) {
     row.push_back(make_row(a, r));
-    work += row.back().items * (a.indices ? a.page : 1);
+    work += row.back().items * (a.rows ? a.page : 1);
   }
   if (work * a.dim * 2 * static_cast<int64_t>(sizeof(T)) < SERIAL_BYTES) threads = 1;
 
   const int64_t share = threads == 1 ? MAX_CHUNK : (work + threads * 8 - 1) / (threads * 8);
-  const int64_t step = std::max<int64_t>(1, std::clamp(share, MIN_CHUNK, MAX_CHUNK) / (a.indices ? a.page : 1));
+  const int64_t step = std::max<int64_t>(1, std::clamp(share, MIN_CHUNK, MAX_CHUNK) / (a.rows ? a.page : 1));
   std::vector<Chunk> chunks;
   int64_t results = 0;
   for (int64_t r = 0; r < rows; ++r) {
@@ -276,13 +304,19 @@ int64_t decode(const DecodeArgs& a) {
   std::vector<float> result(static_cast<size_t>(results * stride));
   int64_t pairs = 0;
   const auto count = static_cast<int64_t>(chunks.size());
-#pragma omp parallel num_threads(threads) reduction(+ : pairs) if (threads > 1)
-  {
+  const auto run = [&](Worker<T>& worker, int64_t c) {
+    const Row& r = row[chunks[c].row];
+    return r.queries * worker.run(r, chunks[c], result.data() + chunks[c].result * stride);
+  };
+  if (threads == 1) {  // an OpenMP team of one still costs microseconds
     Worker<T> worker(a);
+    for (int64_t c = 0; c < count; ++c) pairs += run(worker, c);
+  } else {
+#pragma omp parallel num_threads(threads) reduction(+ : pairs)
+    {
+      Worker<T> worker(a);
 #pragma omp for schedule(dynamic, 1)
-    for (int64_t c = 0; c < count; ++c) {
-      const Row& r = row[chunks[c].row];
-      pairs += r.queries * worker.run(r, chunks[c], result.data() + chunks[c].result * stride);
+      for (int64_t c = 0; c < count; ++c) pairs += run(worker, c);
     }
   }
 

@@ -10,6 +10,7 @@ struct DecodeArgs {
   const void* k;  // [H, C, D]; strides below, in elements; the last dimension is contiguous
   const void* v;
   int64_t k_head, k_row, v_head, v_row;
+  int64_t capacity;        // C
   const int32_t* lengths;  // [H]
   int64_t heads, group, dim;
   bool bf16;  // otherwise float32
@@ -21,9 +22,9 @@ struct DecodeArgs {
   int64_t bias_head;
   float scale, softcap;  // softcap 0: none
 
-  const int32_t* indices;  // [rows, N] or null: everything visible
+  const int32_t* indices;  // [rows, N]
   const int32_t* counts;   // [rows]
-  int64_t indices_row, rows, page;  // rows is H or H * G
+  int64_t indices_row, listed, rows, page;  // listed is N; rows is H, H * G or, to read all that is visible, 0
 
   void* out;      // [H * G, D] contiguous, dtype of q
   float* lse;     // [H * G]
@@ -32,7 +33,8 @@ struct DecodeArgs {
 };
 
 struct DecodeKernels {
-  // Returns the number of query-entry products.
+  // Returns the number of query-entry products. Listed entries that are not visible are skipped. Throws
+  // std::invalid_argument where a length exceeds the reserve or a count the list.
   int64_t (*decode)(const DecodeArgs&);
 };
 

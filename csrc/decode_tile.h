@@ -10,6 +10,9 @@
 #if WINNOW_ISA_avx512
 #include <immintrin.h>
 #endif
+#ifdef __GNUC__
+#pragma GCC diagnostic ignored "-Wpsabi"  // vectors cross inline functions of this file only
+#endif
 
 namespace winnow {
 namespace WINNOW_ISA {
@@ -40,28 +43,38 @@ inline void from_float(float x, bf16* out) {
   *out = static_cast<bf16>((bits + 0x7fffu + ((bits >> 16) & 1)) >> 16);
 }
 
-// 2^x with a relative error near 1e-7; 0 below 2^-126 and for -inf. Written so that compilers vectorise it.
-inline float exp2_fast(float x) {
-  x = x < -150.f ? -150.f : x;
-  const float shifted = x + 12582912.f;  // 1.5 * 2^23: the low bits now hold round(x)
-  int32_t bits;
-  std::memcpy(&bits, &shifted, 4);
-  const int32_t k = bits - 0x4b400000;
-  const float f = x - (shifted - 12582912.f);
+// Sixteen floats: four entries of HEADS heads. The compiler maps them to what the instruction set has.
+constexpr int LANES = 16;
+typedef float Vec __attribute__((vector_size(64)));
+typedef int32_t VecInt __attribute__((vector_size(64)));
+
+inline Vec splat(float x) { return Vec{} + x; }
+inline Vec load(const float* from) {
+  Vec x;
+  std::memcpy(&x, from, sizeof x);
+  return x;
+}
+inline void store(float* to, Vec x) { std::memcpy(to, &x, sizeof x); }
+inline Vec larger(Vec x, Vec y) { return x > y ? x : y; }
+
+// 2^x for x <= 127 with a relative error near 1e-7; 0 below 2^-126 and for -inf; NaN stays NaN.
+inline Vec exp2_fast(Vec x) {
+  x = x < -150.f ? splat(-150.f) : x;
+  const Vec shifted = x + 12582912.f;  // 1.5 * 2^23: the low bits now hold round(x)
+  const VecInt k = (VecInt)shifted - 0x4b400000;
+  const Vec f = x - (shifted - 12582912.f);
   // Taylor series of exp(f ln 2) on [-1/2, 1/2]
-  float p = 1.5252734e-5f;
-  p = p * f + 1.5403530e-4f;
+  Vec p = f * 1.5252734e-5f + 1.5403530e-4f;
   p = p * f + 1.3333558e-3f;
   p = p * f + 9.6181291e-3f;
   p = p * f + 5.5504109e-2f;
   p = p * f + 2.4022651e-1f;
   p = p * f + 6.9314718e-1f;
   p = p * f + 1.f;
-  const uint32_t exponent = k > -127 ? static_cast<uint32_t>(k + 127) << 23 : 0u;
-  float power;
-  std::memcpy(&power, &exponent, 4);
-  return p * power;
+  const VecInt exponent = k > -127 ? (k + 127) << 23 : VecInt{};
+  return p * (Vec)exponent;
 }
+inline float exp2_fast(float x) { return exp2_fast(splat(x))[0]; }
 
 inline void prefetch_row(const void* row, int bytes) {
   const char* at = static_cast<const char*>(row);
@@ -85,8 +98,8 @@ template <typename T>
 struct Sums {
   alignas(64) float acc[HEADS][MAX_DIM];
   void clear() { std::memset(acc, 0, sizeof acc); }
-  void rescale(const float* by, int heads, int dim) {
-    for (int g = 0; g < heads; ++g)
+  void rescale(const float* by, int dim) {
+    for (int g = 0; g < HEADS; ++g)
       for (int d = 0; d < dim; ++d) acc[g][d] *= by[g];
   }
   void natural(float* out, int g, int dim) const { std::copy(acc[g], acc[g] + dim, out); }
@@ -149,15 +162,16 @@ template <>
 struct Sums<bf16> {
   alignas(64) float acc[HEADS][MAX_DIM];
   void clear() { std::memset(acc, 0, sizeof acc); }
-  void rescale(const float* by, int heads, int dim) {
+  void rescale(const float* by, int dim) {
     const int padded = (dim + 31) / 32 * 32;
-    for (int g = 0; g < heads; ++g)
+    for (int g = 0; g < HEADS; ++g)
       for (int d = 0; d < padded; ++d) acc[g][d] *= by[g];
   }
   void natural(float* out, int g, int dim) const {
-    for (int d = 0; d < dim; ++d) {
-      const int block = d / 32, lane = d % 32 / 8, half = d % 8 / 4;
-      out[d] = acc[g][block * 32 + half * 16 + lane * 4 + d % 4];
+    for (int d = 0; d < dim; d += 8) {
+      const float* from = &acc[g][d / 32 * 32 + d % 32 / 2];
+      std::copy(from, from + 4, out + d);
+      std::copy(from + 16, from + 20, out + d + 4);
     }
   }
 };

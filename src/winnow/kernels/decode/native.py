@@ -53,7 +53,6 @@ def decode(
         )
     if k_last != 1 or v_last != 1:
         raise ValueError("decode: the last dimension of keys and values must be contiguous; copy them")
-    assert int(lengths.max()) <= capacity if kv_heads else True, "a length exceeds the reserve"
     q_HD = q_HD.contiguous()
 
     positions = bias = None
@@ -64,16 +63,19 @@ def decode(
         if bias.dtype != torch.float32 or bias.stride(-1) != 1:
             raise ValueError("decode: bias must be float32 and contiguous in its last dimension; convert it")
 
-    indices_ptr = counts_ptr = indices_row = rows = 0
+    indices_ptr = counts_ptr = indices_row = listed = rows = 0
     page = 1
     if selection is not None:
         indices, counts = _int32(selection.indices, "indices"), _int32(selection.counts, "counts")
-        rows, page = indices.shape[0], selection.page
+        (rows, listed), page = indices.shape, selection.page
         if rows not in (kv_heads, heads) or counts.shape[0] != rows:
             raise ValueError(
                 f"decode: a selection of {rows} rows and {counts.shape[0]} counts; "
                 f"give one list per KV head ({kv_heads}) or per query head ({heads})"
             )
+        if listed == 0:
+            # An empty tensor has the address 0, which to the kernel means "no selection".
+            indices = indices.new_zeros(rows, 1)
         indices_ptr, counts_ptr, indices_row = indices.data_ptr(), counts.data_ptr(), indices.stride(0)
 
     out = torch.empty_like(q_HD)
@@ -93,6 +95,7 @@ def decode(
         k_row,
         v_head,
         v_row,
+        capacity,
         lengths.data_ptr(),
         kv_heads,
         group,
@@ -110,6 +113,7 @@ def decode(
         indices_ptr,
         counts_ptr,
         indices_row,
+        listed,
         rows,
         page,
         out.data_ptr(),
