@@ -15,7 +15,7 @@ from winnow.engine.request import Result, SamplingParams
 from winnow.engine.scheduler import Limits
 from winnow.engine.session import Session
 from winnow.kernels.backend import Backend
-from winnow.models.load import load_model
+from winnow.models.load import Runner, load_model
 from winnow.models.text import Text
 from winnow.recipe import Recipe
 from winnow.store import files
@@ -32,7 +32,7 @@ def load(
     recipe: Recipe | str | Path | None = None,
     dtype: torch.dtype | None = None,
     device: str | torch.device | None = None,
-    runner: str = "auto",
+    runner: Runner = "auto",
     backend: Backend = "auto",
     max_num_batched_tokens: int = 4096,
     max_num_seqs: int = 64,

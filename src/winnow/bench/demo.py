@@ -112,7 +112,7 @@ def _summary(asked: list[dict[str, Any]]) -> dict[str, Any]:
         return [sum(one["right"] for one in group), len(group)]
 
     def median(key: str, group: list[dict[str, Any]]) -> float:
-        return statistics.median(one["stats"][key] for one in group)
+        return float(statistics.median(one["stats"][key] for one in group))
 
     speeds = [one["stats"]["decode_tokens_per_second"] for one in asked if one["stats"]["decode_seconds"] > 0]
     return {

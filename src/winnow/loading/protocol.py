@@ -9,6 +9,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from winnow.kernels.backend import Backend
+from winnow.store.codecs import EncodedSegment
 from winnow.types import AttentionSpec, Needs, Segment, View
 
 __all__ = ["DecodeLayer", "Selector"]
@@ -26,7 +27,7 @@ class DecodeLayer:
         ``[H * G, D]`` post-RoPE queries.
     position : int
         Position of the query.
-    segments : tuple of Segment
+    segments : tuple of (Segment or EncodedSegment)
         All entries of the layer in ascending position; the last entry of the last segment is
         the one that this step appended.
     spec : AttentionSpec
@@ -38,7 +39,7 @@ class DecodeLayer:
     layers: int
     q: Tensor
     position: int
-    segments: tuple[Segment, ...]
+    segments: tuple[Segment | EncodedSegment, ...]
     spec: AttentionSpec
     backend: Backend = "auto"
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from winnow.store.codecs import EncodedSegment
 from winnow.types import Segment
 
 __all__ = ["Match", "Pool", "PoolPart"]
@@ -41,7 +42,9 @@ class Pool(Protocol):
         """Allow the entries of a match to be evicted again."""
         ...
 
-    def insert(self, tokens: Sequence[int], namespace: str, layers: Sequence[Sequence[Segment]]) -> int:
+    def insert(
+        self, tokens: Sequence[int], namespace: str, layers: Sequence[Sequence[Segment | EncodedSegment]]
+    ) -> int:
         """Copy the entries of ``tokens`` into the pool; return how many tokens were new."""
         ...
 
