@@ -37,6 +37,7 @@ from winnow.generation.protocol import Generation
 from winnow.loading.protocol import Selector
 from winnow.loading.tidal import Tidal
 from winnow.retrieval.protocol import PoolPart
+from winnow.retrieval.radix import Radix
 from winnow.types import Needs
 
 __all__ = ["PARTS", "STAGES", "Recipe", "Slot", "nearest", "parse_yaml", "read_value"]
@@ -52,7 +53,7 @@ PARTS: dict[Slot, dict[str, type]] = {
     "scorer": {"window-attention": WindowAttention, "recency": Recency},
     "budget": {"uniform": Uniform, "everything": Everything},
     "action": {"drop": Drop, "demote": Demote},
-    "retrieval": {},
+    "retrieval": {"radix": Radix},
     "loading": {"tidal": Tidal},
 }
 """Every part that YAML can name, by slot."""

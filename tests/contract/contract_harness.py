@@ -30,6 +30,7 @@ from winnow.kernels.merge import merge
 from winnow.kernels.prefill import prefill
 from winnow.loading.tidal import Tidal
 from winnow.recipe import PARTS
+from winnow.retrieval.radix import Radix
 from winnow.types import AttentionSpec, Partial, Pattern, Segment
 
 MARKS = {
@@ -78,6 +79,7 @@ SAMPLES: dict[type, Sample] = {
     Everything: Sample(Everything(), Everything()),
     Drop: Sample(Drop(), Drop()),
     Demote: Sample(Demote(codec="raw", recent=3), Demote(codec="raw", recent=10_000)),
+    Radix: Sample(Radix(page=4, capacity_bytes=1 << 20), Radix(page=1)),
     Tidal: Sample(Tidal(keep=7, dense_layers=1), Tidal(keep=10_000, dense_layers=1)),
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 
 import pytest
 import torch
@@ -38,7 +39,7 @@ class Model:
         make = torch.Generator().manual_seed(1000 * length + layer)
         q = (2 * torch.randn(d.q.shape[1:], generator=make)).to(d.q.dtype)
         ends = (0, *(b for b in borders if b < length), length)
-        return q, tuple(cut(d.segment, a, b) for a, b in zip(ends, ends[1:], strict=False))
+        return q, tuple(cut(d.segment, a, b) for a, b in itertools.pairwise(ends))
 
 
 @dataclasses.dataclass
