@@ -1,0 +1,323 @@
+"""Training of the embedded model, from its constructed start, on documents generated from seeds.
+
+Everything follows from `Schedule`: the step decides the stage, the stage and the seed decide the
+documents, so that a run that was stopped and resumed goes through the same numbers as one that was
+not.  No document of `documents.HELD_OUT` is ever made here.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from random import Random
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from winnow.models.embedded import documents, init
+from winnow.models.embedded import language as lang
+
+if TYPE_CHECKING:
+    from transformers import LlamaForCausalLM
+
+__all__ = ["SCHEDULE", "Batch", "Run", "Schedule", "Stage", "batch", "training_seed"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """Some steps at one length.
+
+    ``facts`` are the fewest and the most facts of a document, ``slack`` the most positions that
+    are skipped between the lines of a sequence, so that short sequences teach long distances.
+    """
+
+    steps: int
+    tokens: int
+    rows: int
+    facts: tuple[int, int]
+    slack: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """All that decides the weights.  The rate rises over ``warmup`` steps and falls linearly to 0."""
+
+    seed: int = 0
+    stages: tuple[Stage, ...]
+    rate: float = 4e-4
+    warmup: int = 20
+    betas: tuple[float, float] = (0.9, 0.98)
+    clip: float = 1.0
+    drop_head: float = 0.15  #: probability that a sequence goes without a given retrieval KV head
+    document_weight: float = 0.05  #: loss weight of the document's tokens; that of replies is 1
+    ending_weight: float = 0.5  #: loss weight of the newline that ends a reply
+
+    @property
+    def steps(self) -> int:
+        """Steps of all stages."""
+        return sum(stage.steps for stage in self.stages)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of all stages, padding included."""
+        return sum(stage.steps * stage.rows * stage.tokens for stage in self.stages)
+
+    def stage(self, step: int) -> Stage:
+        """The stage that a step belongs to."""
+        for stage in self.stages:
+            if step < stage.steps:
+                return stage
+            step -= stage.steps
+        raise ValueError(f"the schedule ends {step} steps earlier")
+
+    def factor(self, step: int) -> float:
+        """Share of ``rate`` at a step."""
+        return min((step + 1) / self.warmup, 1.0) * (1.0 - step / self.steps)
+
+
+#: small, because the start already retrieves: 0.9 M tokens
+SCHEDULE = Schedule(
+    stages=(
+        Stage(steps=150, tokens=256, rows=8, facts=(4, 10), slack=12000),
+        Stage(steps=160, tokens=512, rows=4, facts=(8, 32), slack=12000),
+        Stage(steps=80, tokens=1024, rows=2, facts=(16, 48), slack=12000),
+        Stage(steps=40, tokens=2048, rows=1, facts=(24, 60), slack=12000),
+        Stage(steps=10, tokens=4096, rows=1, facts=(24, 60), slack=8000),
+    ),
+)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One step's sequences: tokens, positions and the weight of predicting the *next* token."""
+
+    ids: Tensor  # [B, T] int64
+    positions: Tensor  # [B, T] int64
+    weights: Tensor  # [B, T] float32, 0 in the last column and in padding
+
+
+def training_seed(seed: int, index: int) -> int:
+    """Seed of the ``index``-th training document of a schedule; never one of `documents.HELD_OUT`."""
+    found = documents.HELD_OUT.stop + seed * 1_000_000_000 + index
+    assert found not in documents.HELD_OUT
+    return found
+
+
+def _document(stage: Stage, seed: int, dice: Random) -> documents.Document:
+    """A document that leaves about a third of the stage's tokens to its turns."""
+    task: documents.Task = dice.choice(documents.TASKS)
+    hops, shots = dice.choice((1, 2)), dice.choice((1, 1, 2))
+    facts = dice.randint(*stage.facts)
+    filler: documents.Filler = dice.choice(("sentences", "sentences", "sentences", "words", "noise"))
+    fact = {"needles": 10, "key-value": 7, "variables": 7, "labels": 5, "mixed": 9}[task]
+    reply = {"needles": 9, "key-value": 8, "variables": 8 + 3 * hops, "labels": 6, "mixed": 9}[task]
+    if task == "mixed":
+        facts = max(facts, 3 * (hops + 1))
+    lines = 8 * shots if task == "labels" else facts + 8 * shots * (task == "mixed")
+    least = fact * lines + 2
+    askable = {
+        "labels": 8 * (12 - shots),
+        "variables": facts // (hops + 1),
+        "mixed": 2 * (facts // 3) + (facts - 2 * (facts // 3)) // (hops + 1),
+    }.get(task, facts)
+    tokens = min(max(least, int(stage.tokens * dice.uniform(0.5, 0.8))), stage.tokens)
+    turns = max(1, min(askable, (stage.tokens - tokens) // reply))
+    return documents.make(
+        task, tokens=tokens, seed=seed, turns=turns, facts=facts, hops=hops, shots=shots, filler=filler
+    )
+
+
+def batch(schedule: Schedule, step: int) -> Batch:
+    """The sequences of one step; the same for the same arguments."""
+    stage, ids = schedule.stage(step), lang.identifiers()
+    size = (stage.rows, stage.tokens)
+    tokens = torch.full(size, ids[lang.PAD])
+    weights, gaps = torch.zeros(size), torch.ones(size, dtype=torch.long)
+    for row in range(stage.rows):
+        seed = training_seed(schedule.seed, step * 1000 + row)
+        dice = Random(f"winnow/train/{seed}")
+        document = _document(stage, seed, dice)
+        pieces = [lang.BOS, *document.pieces]
+        weight = [schedule.document_weight] * (len(pieces) - 1) + [0.0]
+        for turn in document.turns:
+            reply = turn.reply_pieces
+            weight += [0.0] * (len(turn.question_pieces) - 1) + [1.0] * (len(reply) - 1)
+            weight += [schedule.ending_weight, 0.0]
+            pieces += (*turn.question_pieces, *reply)
+        length = min(len(pieces), stage.tokens)
+        tokens[row, :length] = torch.tensor([ids[piece] for piece in pieces[:length]])
+        weights[row, : length - 1] = torch.tensor(weight[: length - 1])
+        # The first token keeps its place; some lines begin later than they would.
+        starts = [i + 1 for i, piece in enumerate(pieces[: length - 1]) if piece == lang.NEWLINE]
+        if starts and dice.random() < 0.7:
+            slack = dice.randint(0, stage.slack)
+            for _ in range(dice.randint(1, 4)):
+                gap = dice.randint(0, slack)
+                gaps[row, dice.choice(starts)] += gap
+                slack -= gap
+    return Batch(tokens, gaps.cumsum(1) - 1, weights)
+
+
+class _HeadDropout:
+    """Silences retrieval KV heads in whole sequences, so that several learn to carry the skill."""
+
+    def __init__(self, model: LlamaForCausalLM) -> None:
+        self.masks: dict[int, Tensor] = {}
+        for number, block in enumerate(model.model.layers):
+            block.self_attn.o_proj.register_forward_pre_hook(self._hook(number))
+
+    def _hook(self, layer: int) -> Any:
+        def hook(module: torch.nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+            mask = self.masks.get(layer)
+            return None if mask is None else (inputs[0] * mask, *inputs[1:])
+
+        return hook
+
+    def draw(self, rows: int, probability: float, generator: torch.Generator, device: torch.device) -> None:
+        """Choose what the next forward pass goes without."""
+        self.masks = {}
+        for layer, kv_head in init.RETRIEVAL:
+            keep = (torch.rand(rows, generator=generator) >= probability).float()
+            mask = self.masks.get(layer, torch.ones(rows, 1, init.QUERY_HEADS * init.HEAD))
+            width = init.GROUP * init.HEAD
+            mask[:, 0, kv_head * width : (kv_head + 1) * width] = keep[:, None]
+            self.masks[layer] = mask
+        self.masks = {layer: mask.to(device) for layer, mask in self.masks.items()}
+
+
+class Run:
+    """A training run in a directory: its state, its log and its checkpoint.
+
+    Parameters
+    ----------
+    directory : Path
+        Holds ``checkpoint.pt`` and ``log.jsonl``; a checkpoint that is there is resumed.
+    schedule : Schedule
+        Must be the one that the checkpoint was made with.
+    device : str
+        ``cpu`` or ``cuda``.
+
+    Raises
+    ------
+    ValueError
+        If the directory holds a run of another schedule.
+    """
+
+    def __init__(self, directory: Path, schedule: Schedule = SCHEDULE, device: str = "cpu") -> None:
+        from transformers import LlamaForCausalLM
+
+        self.directory, self.schedule, self.device = directory, schedule, torch.device(device)
+        self.model: LlamaForCausalLM = LlamaForCausalLM(init.config())
+        init.construct(self.model, schedule.seed)
+        self.model.to(self.device).train()
+        self.dropout = _HeadDropout(self.model)
+        self.optimizer = torch.optim.AdamW(
+            self.model.parameters(), lr=schedule.rate, betas=schedule.betas, weight_decay=0.0
+        )
+        self.step = 0
+        directory.mkdir(parents=True, exist_ok=True)
+        if self.checkpoint.exists():
+            state = torch.load(self.checkpoint, map_location=self.device, weights_only=True)
+            if state["schedule"] != json.dumps(asdict(schedule)):
+                raise ValueError(f"{directory} holds a run of another schedule; choose another directory")
+            self.model.load_state_dict(state["model"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.step = state["step"]
+
+    @property
+    def checkpoint(self) -> Path:
+        """Where the state is saved."""
+        return self.directory / "checkpoint.pt"
+
+    def save(self) -> None:
+        """Write the checkpoint, whole or not at all."""
+        state = {
+            "schedule": json.dumps(asdict(self.schedule)),
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "step": self.step,
+        }
+        partial = self.checkpoint.with_suffix(".partial")
+        with partial.open("wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(self.checkpoint)
+
+    def advance(self) -> dict[str, float]:
+        """One step; returns what is logged about it."""
+        begun = time.perf_counter()
+        made = batch(self.schedule, self.step)
+        ids, positions, weights = (t.to(self.device) for t in (made.ids, made.positions, made.weights))
+        generator = torch.Generator().manual_seed(self.schedule.seed * 1_000_003 + self.step)
+        self.dropout.draw(ids.shape[0], self.schedule.drop_head, generator, self.device)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.schedule.rate * self.schedule.factor(self.step)
+        with torch.autocast(self.device.type, dtype=torch.bfloat16):
+            # An explicit mask: without one, skipped positions would be taken for packed sequences.
+            states = self.model.model(
+                input_ids=ids, attention_mask=torch.ones_like(ids), position_ids=positions, use_cache=False
+            ).last_hidden_state
+            counted = weights > 0
+            logits = self.model.lm_head(states[counted])
+        targets = ids.roll(-1, 1)[counted]
+        losses = torch.nn.functional.cross_entropy(logits.float(), targets, reduction="none")
+        shares = weights[counted]
+        loss = (losses * shares).sum() / shares.sum()
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.schedule.clip)
+        if not math.isfinite(float(norm)):
+            raise ValueError(f"step {self.step} has no finite gradient; lower the rate")
+        self.optimizer.step()
+        self.step += 1
+        replied = shares == 1.0
+        right = (logits.argmax(1) == targets)[replied]
+        return {
+            "step": self.step,
+            "loss": float(loss.detach()),
+            "reply_loss": float(losses[replied].mean().detach()),
+            "reply_accuracy": float(right.float().mean()),
+            "document_loss": float(losses[shares < self.schedule.ending_weight].mean().detach()),
+            "gradient_norm": float(norm),
+            "rate": float(self.optimizer.param_groups[0]["lr"]),
+            "tokens_per_second": ids.numel() / (time.perf_counter() - begun),
+        }
+
+    def train(self, *, until: int | None = None, save_every: float = 120.0) -> None:
+        """Advance to the end of the schedule, or to step ``until``, logging and saving."""
+        last = self.schedule.steps if until is None else min(until, self.schedule.steps)
+        saved = time.perf_counter()
+        with (self.directory / "log.jsonl").open("a") as log:
+            while self.step < last:
+                record = self.advance()
+                log.write(json.dumps(record) + "\n")
+                log.flush()
+                if self.step % 10 == 0 or self.step == last:
+                    print(
+                        f"step {self.step}/{last}  reply loss {record['reply_loss']:.4f}"
+                        f"  accuracy {record['reply_accuracy']:.4f}  document loss {record['document_loss']:.3f}"
+                        f"  {record['tokens_per_second']:.0f} tokens/s",
+                        flush=True,
+                    )
+                if time.perf_counter() - saved > save_every:
+                    self.save()
+                    saved = time.perf_counter()
+        self.save()
+
+    def export(self, directory: Path) -> None:
+        """Write the model in bfloat16 and its tokenizer, as ``from_pretrained`` reads them."""
+        from transformers import LlamaForCausalLM
+
+        directory.mkdir(parents=True, exist_ok=True)
+        model = LlamaForCausalLM(init.config())
+        model.load_state_dict(self.model.state_dict())
+        model.to(torch.bfloat16).save_pretrained(directory)
+        lang.save_tokenizer(directory)
+        record = {"step": self.step, "tokens": self.schedule.tokens, "schedule": asdict(self.schedule)}
+        (directory / "training.json").write_text(json.dumps(record, indent=2) + "\n")
