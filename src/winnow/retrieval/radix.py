@@ -1,0 +1,438 @@
+"""Exact prefix reuse: a compressed radix tree over pages of tokens.
+
+What RadixAttention of SGLang does (arXiv 2312.07104), for entries that live in host memory: a
+node owns compact copies of the entries of its tokens, a match locks the path to the root, unlocked
+leaves go in the order of their last use. A split makes views; the memory of a node is given back
+when that node goes, whoever shares its allocation.
+"""
+
+from __future__ import annotations
+
+import heapq
+import threading
+from array import array
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from winnow.retrieval.protocol import Match
+from winnow.store.arena import PAGE, HostArena
+from winnow.store.codecs import EncodedSegment
+from winnow.types import Segment
+
+__all__ = ["Radix", "RadixPool"]
+
+_TOKEN = 8  # bytes of a token in a key
+_Key = bytes  # RadixPool.bytes hides the name
+
+
+@dataclass(frozen=True, kw_only=True)
+class Radix:
+    """Reuse of exact prefixes.
+
+    Parameters
+    ----------
+    page : int
+        Tokens of a page; prefixes are shared in whole pages.
+    capacity_bytes : int
+        Most memory that the pool may hold.
+    """
+
+    page: int = 64
+    capacity_bytes: int = 1 << 30
+
+    def __post_init__(self) -> None:
+        if self.page < 1:
+            raise ValueError(f"a page has at least one token, not {self.page}; the default is 64")
+        if self.capacity_bytes < 0:
+            raise ValueError(f"capacity_bytes is {self.capacity_bytes}; give 0 or more bytes")
+
+    def pool(self) -> RadixPool:
+        """An empty pool."""
+        return RadixPool(self)
+
+
+@dataclass(frozen=True)
+class _Form:
+    """What the entries of one name space have in common: KV heads of each layer, ``D``, type."""
+
+    heads: tuple[int, ...]
+    head_dim: int
+    dtype: torch.dtype
+
+    @property
+    def rows(self) -> int:
+        return 2 * sum(self.heads)
+
+    def cost(self, tokens: int) -> int:
+        """Bytes of memory pages that so many tokens take."""
+        return self.rows * PAGE * -(-tokens * self.head_dim * self.dtype.itemsize // PAGE)
+
+
+class _Slab:
+    """One allocation ``[rows, n, D]``: K and V of all heads and layers, for one node before splits."""
+
+    def __init__(self, form: _Form, tokens: int):
+        self.form = form
+        self._row = form.head_dim * form.dtype.itemsize
+        self._arena = HostArena(form.rows, tokens, form.head_dim, form.dtype)
+        self._live = [(0, tokens)]
+        self.data = self._arena.data
+
+    def tables(self, layer: int, first: int, last: int) -> tuple[Tensor, Tensor]:
+        """K and V ``[H, n, D]`` of a layer; views."""
+        heads = self.form.heads[layer]
+        row = 2 * sum(self.form.heads[:layer])
+        return self.data[row : row + heads, first:last], self.data[row + heads : row + 2 * heads, first:last]
+
+    def nbytes(self) -> int:
+        """Memory pages that hold a live token."""
+        total, after = 0, 0
+        for first, last in self._live:
+            low, high = self._pages(first, last)
+            total += high - max(low, after)
+            after = high
+        return total * PAGE * self.form.rows
+
+    def free(self, first: int, last: int) -> None:
+        """Give back the memory pages of tokens that no other live range touches."""
+        self._live.remove((first, last))
+        low, high = self._pages(first, last)
+        for other in self._live:
+            a, b = self._pages(*other)
+            if other[1] <= first:
+                low = max(low, b)
+            else:
+                high = min(high, a)
+        for row in range(self.form.rows):
+            self._arena.discard(row, low, high)
+
+    def split(self, first: int, at: int, last: int) -> None:
+        """Account two nodes where there was one."""
+        place = self._live.index((first, last))
+        self._live[place : place + 1] = [(first, at), (at, last)]
+
+    def _pages(self, first: int, last: int) -> tuple[int, int]:
+        return first * self._row // PAGE, -(-last * self._row // PAGE)
+
+
+@dataclass(eq=False)
+class _Node:
+    """Tokens on an edge of the tree, and their entries ``first .. first + tokens - 1`` of a slab."""
+
+    key: bytes
+    start: int
+    parent: _Node | None
+    slab: _Slab | None = None
+    first: int = 0
+    children: dict[bytes, _Node] = field(default_factory=dict)
+    locks: int = 0
+    stamp: int = 0
+    alive: bool = True
+
+    @property
+    def tokens(self) -> int:
+        return len(self.key) // _TOKEN
+
+    def segments(self, tokens: int) -> tuple[Segment, ...]:
+        """Per layer the entries of the first ``tokens`` tokens."""
+        assert self.slab is not None
+        form = self.slab.form
+        found = []
+        for layer, heads in enumerate(form.heads):
+            k, v = self.slab.tables(layer, self.first, self.first + tokens)
+            lengths = torch.full((heads,), tokens, dtype=torch.int32)
+            found.append(Segment(k=k, v=v, lengths=lengths, start=self.start))
+        return tuple(found)
+
+
+@dataclass(eq=False)
+class _Lock:
+    """The handle of a match."""
+
+    node: _Node
+    held: bool = True
+
+
+class RadixPool:
+    """A living pool. Every method may be called from any thread; one lock serves all."""
+
+    def __init__(self, part: Radix):
+        self._page = part.page * _TOKEN
+        self._capacity = part.capacity_bytes
+        self._roots: dict[str, tuple[_Node, _Form]] = {}
+        self._idle: list[tuple[int, int, _Node]] = []  # a heap; entries may be out of date
+        self._clock = 0
+        self._offers = 0
+        self._nodes = 0
+        self._bytes = 0
+        self._mutex = threading.Lock()
+
+    # ------------------------------------------------------------------ the protocol
+
+    def match(self, tokens: Sequence[int], namespace: str) -> Match:
+        """Longest reusable prefix in whole pages, never all of ``tokens``."""
+        with self._mutex:
+            if namespace not in self._roots:
+                return Match(length=0, layers=(), handle=None)
+            root, form = self._roots[namespace]
+            key = _key(tokens[: max(0, len(tokens) - 1)])
+            path = self._walk(root, key)
+            if not path:
+                return Match(length=0, layers=(), handle=None)
+            self._clock += 1
+            for node, _ in path:
+                node.stamp = self._clock
+            self._lock(path[-1][0])
+            found = [node.segments(used // _TOKEN) for node, used in path]
+            return Match(
+                length=sum(used for _, used in path) // _TOKEN,
+                layers=tuple(tuple(of_node[layer] for of_node in found) for layer in range(len(form.heads))),
+                handle=_Lock(path[-1][0]),
+            )
+
+    def release(self, match: Match) -> None:
+        """Allow the entries of a match to be evicted again; a second call does nothing."""
+        lock = match.handle
+        if lock is None:
+            return
+        with self._mutex:
+            assert isinstance(lock, _Lock), "the match is of another pool"
+            if not lock.held:
+                return
+            lock.held = False
+            self._unlock(lock.node)
+
+    def insert(
+        self, tokens: Sequence[int], namespace: str, layers: Sequence[Sequence[Segment | EncodedSegment]]
+    ) -> int:
+        """Copy the entries of ``tokens`` into the pool, whole pages only.
+
+        Returns
+        -------
+        int
+            Tokens that were new. Where memory does not suffice, a beginning is taken.
+
+        Raises
+        ------
+        ValueError
+            If the entries are not exact: encoded, evicted, biased, moved, or of another model.
+        """
+        key = _key(tokens)
+        key = key[: len(key) // self._page * self._page]
+        if not key:
+            return 0
+        exact, form = _exact(layers, len(key) // _TOKEN)
+        with self._mutex:
+            if namespace in self._roots and self._roots[namespace][1] != form:
+                raise ValueError(
+                    f"the name space {namespace!r} holds entries of another model; use another one"
+                )
+            root, _ = self._roots.setdefault(namespace, (_Node(key=b"", start=0, parent=None), form))
+            return self._insert(root, key, exact, form)
+
+    def bytes(self) -> int:
+        """Bytes of memory pages that the pool's nodes hold."""
+        with self._mutex:
+            return self._bytes
+
+    # ------------------------------------------------------------------ the tree
+
+    def _insert(self, root: _Node, key: _Key, layers: Sequence[Sequence[Segment]], form: _Form) -> int:
+        path = self._walk(root, key)
+        at = sum(used for _, used in path)
+        if path and at < len(key) and path[-1][1] < len(path[-1][0].key):
+            node, used = path[-1]
+            path[-1] = (self._split(node, used), used)  # the lower part was not used now
+        parent = path[-1][0] if path else root
+        self._clock += 1
+        for node, _ in path:
+            node.stamp = self._clock
+        if at == len(key):
+            self._offer(parent)
+            return 0
+        self._lock(parent)  # making room must not take the place where the new leaf goes
+        try:
+            start = at // _TOKEN
+            new = self._make_room(form, (len(key) - at) // _TOKEN)
+            if new:
+                slab = _Slab(form, new)
+                for layer, segments in enumerate(layers):
+                    _copy(segments, slab.tables(layer, 0, new), start)
+                leaf = _Node(
+                    key=key[at : at + new * _TOKEN], start=start, parent=parent, slab=slab, stamp=self._clock
+                )
+                parent.children[leaf.key[: self._page]] = leaf
+                self._nodes += 1
+                self._bytes += slab.nbytes()
+                self._offer(leaf)
+        finally:
+            self._unlock(parent)
+            self._drop_empty_roots()
+        return new
+
+    def _walk(self, root: _Node, key: _Key) -> list[tuple[_Node, int]]:
+        """Nodes below the root that ``key`` runs through, each with the bytes of its key that agree."""
+        path: list[tuple[_Node, int]] = []
+        node, at = root, 0
+        while at + self._page <= len(key):
+            child = node.children.get(key[at : at + self._page])
+            if child is None:
+                break
+            used = self._common(child.key, key, at)
+            path.append((child, used))
+            at += used
+            if used < len(child.key):
+                break
+            node = child
+        return path
+
+    def _common(self, edge: _Key, key: _Key, at: int) -> int:
+        if key.startswith(edge, at):
+            return len(edge)
+        used = self._page  # the first page was the key of the child
+        while key[at + used : at + used + self._page] == edge[used : used + self._page]:
+            used += self._page
+        return used
+
+    def _split(self, node: _Node, used: int) -> _Node:
+        """Put the first ``used`` bytes of a node's key into a new parent; views, no copy."""
+        assert node.slab is not None
+        assert node.parent is not None
+        upper = _Node(
+            key=node.key[:used],
+            start=node.start,
+            parent=node.parent,
+            slab=node.slab,
+            first=node.first,
+            locks=node.locks,
+            stamp=node.stamp,
+        )
+        tokens = used // _TOKEN
+        before = node.slab.nbytes()
+        node.slab.split(node.first, node.first + tokens, node.first + node.tokens)
+        assert node.slab.nbytes() == before
+        node.parent.children[upper.key[: self._page]] = upper
+        node.key, node.parent = node.key[used:], upper
+        node.start, node.first = node.start + tokens, node.first + tokens
+        upper.children[node.key[: self._page]] = node
+        self._nodes += 1
+        return upper
+
+    # ------------------------------------------------------------------ eviction
+
+    def _make_room(self, form: _Form, tokens: int) -> int:
+        """Evict until ``tokens`` fit; return how many, in whole pages, do."""
+        page = self._page // _TOKEN
+        while tokens and form.cost(tokens) > self._capacity:
+            tokens -= page
+        while tokens and self._bytes + form.cost(tokens) > self._capacity and self._evict():
+            pass
+        while tokens and self._bytes + form.cost(tokens) > self._capacity:
+            tokens -= page
+        return max(0, tokens)
+
+    def _evict(self) -> bool:
+        """Drop the unlocked leaf that was not used for longest; False where there is none."""
+        while self._idle:
+            stamp, _, node = heapq.heappop(self._idle)
+            if not (node.alive and stamp == node.stamp and self._evictable(node)):
+                continue
+            assert node.slab is not None
+            assert node.parent is not None
+            before = node.slab.nbytes()
+            node.slab.free(node.first, node.first + node.tokens)
+            self._bytes -= before - node.slab.nbytes()
+            self._nodes -= 1
+            node.alive = False
+            del node.parent.children[node.key[: self._page]]
+            self._offer(node.parent)
+            return True
+        return False
+
+    @staticmethod
+    def _evictable(node: _Node) -> bool:
+        return node.slab is not None and not node.children and node.locks == 0
+
+    def _offer(self, node: _Node) -> None:
+        """Enter an unlocked leaf into the heap, whose order its last use decides."""
+        if not self._evictable(node):
+            return
+        self._offers += 1
+        heapq.heappush(self._idle, (node.stamp, self._offers, node))
+        if len(self._idle) > 4 * self._nodes + 64:
+            self._idle = [
+                e for e in self._idle if e[2].alive and e[0] == e[2].stamp and self._evictable(e[2])
+            ]
+            heapq.heapify(self._idle)
+
+    def _lock(self, node: _Node) -> None:
+        above: _Node | None = node
+        while above is not None:
+            above.locks += 1
+            above = above.parent
+
+    def _unlock(self, node: _Node) -> None:
+        above: _Node | None = node
+        while above is not None:
+            above.locks -= 1
+            assert above.locks >= 0
+            self._offer(above)
+            above = above.parent
+
+    def _drop_empty_roots(self) -> None:
+        for name in [name for name, (root, _) in self._roots.items() if not root.children]:
+            del self._roots[name]
+
+
+# --------------------------------------------------------------------------- entries
+
+
+def _key(tokens: Sequence[int]) -> bytes:
+    return array("q", tokens).tobytes()
+
+
+def _exact(
+    layers: Sequence[Sequence[Segment | EncodedSegment]], tokens: int
+) -> tuple[list[list[Segment]], _Form]:
+    """Only entries that depend on the tokens before them, and on nothing else, may be shared."""
+    exact: list[list[Segment]] = []
+    for number, segments in enumerate(layers):
+        of_layer: list[Segment] = []
+        position = 0
+        for segment in segments:
+            if isinstance(segment, EncodedSegment) or segment.bias is not None:
+                raise ValueError(
+                    f"layer {number} holds encoded or biased entries; a prefix pool takes exact ones"
+                )
+            n = int(segment.lengths[0])
+            moved = segment.positions is not None or segment.start != position
+            if moved or bool((segment.lengths != n).any()):
+                raise ValueError(
+                    f"layer {number} is not consecutive from position 0; "
+                    "a prefix pool takes no entries that remain after others were dropped"
+                )
+            position += n
+            of_layer.append(segment)
+        if position < tokens:
+            raise ValueError(
+                f"layer {number} holds {position} entries for {tokens} tokens; insert fewer tokens"
+            )
+        exact.append(of_layer)
+    sizes = {(s.k.shape[2], s.k.dtype) for of_layer in exact for s in of_layer}
+    if len(sizes) != 1 or any(len({s.heads for s in of_layer}) != 1 for of_layer in exact):
+        raise ValueError("the entries differ in type, head size or heads; insert entries of one model")
+    head_dim, dtype = sizes.pop()
+    return exact, _Form(tuple(of_layer[0].heads for of_layer in exact), head_dim, dtype)
+
+
+def _copy(segments: Sequence[Segment], tables: tuple[Tensor, Tensor], start: int) -> None:
+    """Copy positions ``start .. start + n - 1`` into ``tables`` ``[H, n, D]``."""
+    last = start + tables[0].shape[1]
+    for segment in segments:
+        a, b = max(start, segment.start), min(last, segment.start + int(segment.lengths[0]))
+        if a < b:
+            for table, source in zip(tables, (segment.k, segment.v), strict=True):
+                table[:, a - start : b - start] = source[:, a - segment.start : b - segment.start]
