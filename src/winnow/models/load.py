@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.utils import logging as transformers_logging
 
 from winnow.models import embedded
+from winnow.models.fused import FusedModel
 from winnow.models.hf import HFModel
 from winnow.models.refuse import check_config
 from winnow.models.text import Text
@@ -76,9 +77,15 @@ def load_model(
             f"cannot load a {type(model).__name__}; give a directory, a hub name or a transformers model"
         )
     general = HFModel(module, name=name)
-    if runner == "fused":
-        raise ValueError("the fused runner is not there yet; use runner='auto'")
-    return general, text
+    if runner == "general":
+        return general, text
+    try:
+        return FusedModel(general), text
+    except ValueError as reason:
+        if runner == "fused":
+            raise
+        _log.info("%s runs on the general runner: %s", general.name, reason)
+        return general, text
 
 
 def _from_memory(
@@ -148,8 +155,12 @@ def _check_hub_name(name: str) -> None:
     siblings = difflib.get_close_matches(
         name, [p.name for p in Path.cwd().iterdir() if p.is_dir()], cutoff=0.7
     )
-    hint = f"did you mean {(near or siblings)[0]!r}" if near or siblings else "a short name is 'embedded'"
-    raise ValueError(f"unknown model {name!r}: {hint}? Otherwise give a directory or a hub name owner/name")
+    hint = (
+        f"did you mean {(near or siblings)[0]!r}?"
+        if near or siblings
+        else "the only short name is 'embedded';"
+    )
+    raise ValueError(f"unknown model {name!r}: {hint} Otherwise give a directory or a hub name owner/name")
 
 
 def _unreadable(name: str, what: str, error: Exception) -> ValueError:

@@ -1,13 +1,17 @@
-"""Positions: how far they may go before the rotary frequencies change, and tables of cosines."""
+"""Positions: how far they may go before rotary frequencies change, and the frequencies themselves."""
 
 from __future__ import annotations
 
 import logging
 from typing import Any
 
-__all__ = ["position_limit", "rope_types"]
+from torch import Tensor
+
+__all__ = ["frequencies", "position_limit", "rope_types"]
 
 _log = logging.getLogger("winnow.models")
+# Scalings that choose frequencies by the longest position of a call.
+_BY_LENGTH = ("dynamic", "longrope")
 
 
 def _parameters(config: Any) -> list[dict[str, Any]]:
@@ -32,7 +36,7 @@ def position_limit(config: Any) -> int:
     limit = int(getattr(config, "max_position_embeddings", None) or 2**20)
     for parameters in _parameters(config):
         kind = parameters.get("rope_type")
-        if kind in ("dynamic", "longrope"):
+        if kind in _BY_LENGTH:
             short = int(parameters.get("original_max_position_embeddings") or limit)
             if short < limit:
                 _log.warning(
@@ -44,3 +48,25 @@ def position_limit(config: Any) -> int:
                 )
             limit = min(limit, short)
     return limit
+
+
+def frequencies(rotary: Any, head_dim: int) -> tuple[Tensor, float]:
+    """Inverse frequencies ``[D / 2]`` (float32) and the factor on cosines of a rotary module.
+
+    Raises
+    ------
+    ValueError
+        If the frequencies depend on the length, differ between layers, or cover part of a head.
+    """
+    kind = getattr(rotary, "rope_type", None)
+    if not isinstance(kind, str) or kind in _BY_LENGTH:
+        raise ValueError(
+            f"rotary scaling {kind!r} is not constant over layers and lengths; use runner='general'"
+        )
+    inverse: Tensor = rotary.inv_freq
+    if inverse.numel() * 2 != head_dim:
+        raise ValueError(
+            f"rotary embedding turns only {inverse.numel() * 2} of {head_dim} dimensions; "
+            "use runner='general'"
+        )
+    return inverse.float().clone(), float(rotary.attention_scaling)
