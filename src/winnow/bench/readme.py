@@ -1,0 +1,98 @@
+"""Write the README's table and picture from the JSON of a demo run.
+
+``winnow demo --out benchmarks/results/demo.json`` makes the JSON,
+``python -m winnow.bench.readme`` puts it into README.md and draws docs/images/demo.png.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+__all__ = ["draw", "insert", "markdown"]
+
+_BEGIN, _END = "<!-- demo: begin -->", "<!-- demo: end -->"
+
+
+def markdown(report: dict[str, Any]) -> str:
+    """The demo's rows as a Markdown table."""
+    config, machine = report["config"], report["machine"]
+    lines = [
+        "| recipe | answers right | turn 1 | later turns | first token | tokens/s | scores computed | KV stored "
+        "| KV read per token |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    base = report["rows"][0]
+    for row in report["rows"]:
+        rights = ("{} of {}".format(*row[key]) for key in ("right", "right_first_turn", "right_later_turns"))
+        shares = (
+            f"{row[key] / 1e6:.2f} {unit} ({row[key] / base[key]:.0%})"
+            for key, unit in (("score_entries", "M"), ("bytes_stored", "MB"), ("bytes_read_per_token", "MB"))
+        )
+        cells = (
+            row["name"],
+            *rights,
+            f"{row['time_to_first_token'] * 1e3:.0f} ms",
+            f"{row['decode_tokens_per_second']:.0f}",
+            *shares,
+        )
+        lines.append("| " + " | ".join(cells) + " |")
+    lines.append("")
+    lines.append(
+        f"Documents of {config['tokens']} tokens, {config['turns']} questions each, one after the other in a "
+        f"session; exact match over free generation by the embedded model; {machine.get('cpu', 'unknown')}. "
+        "Made by `winnow demo`; raw samples in `benchmarks/results/demo.json`."
+    )
+    return "\n".join(lines)
+
+
+def insert(readme: str, table: str) -> str:
+    """README text with the table between its marks."""
+    head, rest = readme.split(_BEGIN)
+    _, tail = rest.split(_END)
+    return f"{head}{_BEGIN}\n{table}\n{_END}{tail}"
+
+
+def draw(report: dict[str, Any], path: Path) -> None:
+    """Bars of quality and cost beside full attention (needs the extra ``plot``)."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    rows = report["rows"]
+    base = rows[0]
+    panels = (
+        ("answers right, turn 1", [r["right_first_turn"][0] / r["right_first_turn"][1] for r in rows]),
+        ("answers right, later turns", [r["right_later_turns"][0] / r["right_later_turns"][1] for r in rows]),
+        ("scores computed", [r["score_entries"] / base["score_entries"] for r in rows]),
+        ("KV stored", [r["bytes_stored"] / base["bytes_stored"] for r in rows]),
+        ("KV read per token", [r["bytes_read_per_token"] / base["bytes_read_per_token"] for r in rows]),
+    )
+    figure, axes = plt.subplots(1, len(panels), figsize=(13, 0.5 * len(rows) + 1.2), sharey=True)
+    colours = ["#6b7280", "#2f6f9f", "#b0643c", "#3f8f5f", "#8a5fa0", "#a08f3f"]
+    for axis, (title, values) in zip(axes, panels, strict=True):
+        bars = axis.barh([r["name"] for r in rows], values, color=colours[: len(rows)], height=0.62)
+        axis.bar_label(bars, labels=[f"{v:.0%}" for v in values], padding=3, fontsize=9)
+        axis.set_title(title, fontsize=10)
+        axis.set_xlim(0, 1.3 * max(1.0, *values))
+        axis.set_xticks([])
+        axis.spines[["top", "right", "bottom"]].set_visible(False)
+    axes[0].invert_yaxis()
+    figure.tight_layout()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def main(root: Path) -> None:
+    """Rewrite the table and the picture under a checkout's root."""
+    report = json.loads((root / "benchmarks/results/demo.json").read_text(encoding="utf-8"))
+    readme = root / "README.md"
+    readme.write_text(insert(readme.read_text(encoding="utf-8"), markdown(report)), encoding="utf-8")
+    draw(report, root / "docs/images/demo.png")
+
+
+if __name__ == "__main__":
+    main(Path.cwd())
