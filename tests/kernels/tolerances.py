@@ -24,5 +24,6 @@ LOG_SUM_EXP: dict[torch.dtype, tuple[float, float]] = {
 # (AVX-512 multiplies bfloat16 pairs exactly and flushes denormal sums, far below this).
 MATVEC: dict[torch.dtype, tuple[float, float]] = {
     torch.float32: (1e-5, 1e-5),
+    torch.float16: (1e-3, 1e-5),
     torch.bfloat16: (8e-3, 1e-5),
 }

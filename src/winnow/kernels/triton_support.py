@@ -23,6 +23,7 @@ except ImportError as error:
     raise ImportError('the Triton kernels need Triton; pip install "winnow-llm[triton]"') from error
 
 __all__ = [
+    "DTYPES",
     "LN2",
     "LOG2E",
     "check_operands",
@@ -33,6 +34,7 @@ __all__ = [
     "on_device",
     "processors",
     "ptr",
+    "rounded",
     "soft_capped",
     "tl",
     "triton",
@@ -160,3 +162,13 @@ def entries_before(bound, S, start, positions, POSITIONS: tl.constexpr):
 def soft_capped(x, cap):
     """``cap * tanh(x / cap)``; the exponential saturates at both ends, so nothing overflows."""
     return cap * (1.0 - 2.0 / (1.0 + tl.exp(2.0 * x / cap)))
+
+
+@triton.jit
+def rounded(x):
+    """``x`` rounded to the nearest integer, ties to even; exact below 2^22 in magnitude.
+
+    Adding 1.5 * 2^23 leaves no bits for a fraction. Compile the caller with
+    ``enable_fp_fusion=False`` where ``x`` is a product.
+    """
+    return (x + 12582912.0) - 12582912.0

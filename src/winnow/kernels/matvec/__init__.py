@@ -46,10 +46,11 @@ def matvec(x_RK: Tensor, w_NK: Tensor | Int8Weight, *, backend: Backend = "auto"
             f"matvec takes x [R, K] and w [N, K], got {list(x_RK.shape)} and {list(wide.shape)}; "
             "reshape them to two dimensions with the same K"
         )
-    if backend == "triton":
-        raise ValueError("matvec has no Triton kernel; use backend='auto' or 'reference'")
-    if x_RK.is_cuda and backend == "auto":
-        backend = "reference"  # which is the vendor's own product there
-    if choose("matvec", backend, x_RK.device, unsupported=native.unsupported(x_RK, w_NK)) == "native":
+    chosen = choose("matvec", backend, x_RK.device, unsupported=native.unsupported(x_RK, w_NK))
+    if chosen == "native":
         return native.matvec(x_RK, w_NK)
+    if chosen == "triton":
+        from . import triton
+
+        return triton.matvec(x_RK, w_NK)
     return reference.matvec(x_RK, w_NK)
