@@ -45,12 +45,12 @@ class HFModel:
     def __init__(self, model: PreTrainedModel, *, name: str | None = None) -> None:
         check_config(model.config)
         check_model(model)
-        self.fingerprint = fingerprint(model)
+        self.name: str = name or model.config.name_or_path or model.config.model_type
+        self.fingerprint = fingerprint(model, self.name)
         self._model = _twin(model)
         self._takes_rows = "logits_to_keep" in inspect.signature(type(model).forward).parameters
         facts = probe(self._model)
         config = model.config.get_text_config(decoder=True)
-        self.name: str = name or model.config.name_or_path or model.config.model_type
         self.model_type: str = model.config.model_type
         self.layers = facts.layers
         self.kv_heads = facts.kv_heads
