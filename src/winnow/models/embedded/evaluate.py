@@ -72,9 +72,14 @@ class Result:
         """As it is written to JSON."""
         return {
             **asdict(self.cell),
-            **{"questions": self.questions, "right": self.right, "accuracy": self.accuracy},
-            **{"interval95": self.interval, "reached": self.accuracy >= self.cell.floor},
-            **{"first_turn": self.first, "later_turns": self.later, "seconds": self.seconds},
+            "questions": self.questions,
+            "right": self.right,
+            "accuracy": self.accuracy,
+            "interval95": self.interval,
+            "reached": self.accuracy >= self.cell.floor,
+            "first_turn": self.first,
+            "later_turns": self.later,
+            "seconds": self.seconds,
         }
 
 
@@ -119,7 +124,7 @@ def measure(
     cell: Cell,
     *,
     questions: int,
-    turns: int = 8,
+    turns: int = 10,
     most_new: int = 16,
     first_seed: int = FIRST_SEED,
     advance: Callable[[int], None] | None = None,
@@ -197,8 +202,8 @@ def evaluate(
     tokenizer: PreTrainedTokenizerBase,
     wanted: Iterable[Cell],
     *,
-    questions: int = 304,
-    turns: int = 8,
+    questions: int = 310,
+    turns: int = 10,
 ) -> list[Result]:
     """All cells, one printed line each."""
     results = []
@@ -206,8 +211,9 @@ def evaluate(
         result = measure(model, tokenizer, cell, questions=questions, turns=turns)
         low, high = result.interval
         print(
-            f"{cell.name:22} {cell.tokens:5}  {result.right:4}/{result.questions}  {100 * result.accuracy:5.1f} %"
-            f"  [{100 * low:.1f}, {100 * high:.1f}]  floor {100 * cell.floor:.0f}"
+            f"{cell.name:22} {cell.tokens:5}  {result.right:4}/{result.questions}"
+            f"  {100 * result.accuracy:5.1f} %  [{100 * low:.1f}, {100 * high:.1f}]"
+            f"  floor {100 * cell.floor:.0f}"
             f"  {'reached' if result.accuracy >= cell.floor else 'MISSED'}  {result.seconds:.0f} s",
             flush=True,
         )

@@ -97,7 +97,8 @@ def spread(n: int, dimensions: int, generator: torch.Generator, steps: int = 300
         products.fill_diagonal_(-1.0)
         push = torch.softmax(12.0 * products, dim=1)
         codes = codes - (1.0 - step / steps) * 0.3 * (push @ codes)
-    return codes / codes.norm(dim=1, keepdim=True)
+    codes /= codes.norm(dim=1, keepdim=True)
+    return codes
 
 
 def _content(generator: torch.Generator) -> Tensor:
@@ -106,7 +107,7 @@ def _content(generator: torch.Generator) -> Tensor:
 
 
 def _match(generator: torch.Generator) -> Tensor:
-    """Flag and code of every token, for matching; zero for those that are not matched.  ``[vocabulary, 11]``."""
+    """Flag and code of every token, for matching; zero where nothing is matched.  ``[vocabulary, 11]``."""
     ids = lang.identifiers()
     match = torch.zeros(len(ids), FLAG + BITS)
     match[[ids[piece] for piece in lang.SEPARATORS], 0] = 1.0

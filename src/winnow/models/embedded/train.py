@@ -301,7 +301,8 @@ class Run:
                 if self.step % 10 == 0 or self.step == last:
                     print(
                         f"step {self.step}/{last}  reply loss {record['reply_loss']:.4f}"
-                        f"  accuracy {record['reply_accuracy']:.4f}  document loss {record['document_loss']:.3f}"
+                        f"  accuracy {record['reply_accuracy']:.4f}"
+                        f"  document loss {record['document_loss']:.3f}"
                         f"  {record['tokens_per_second']:.0f} tokens/s",
                         flush=True,
                     )
@@ -318,6 +319,7 @@ class Run:
         model = LlamaForCausalLM(init.config())
         model.load_state_dict(self.model.state_dict())
         model.to(torch.bfloat16).save_pretrained(directory)
+        (directory / "model.safetensors").chmod(0o644)
         lang.save_tokenizer(directory)
         record = {"step": self.step, "tokens": self.schedule.tokens, "schedule": asdict(self.schedule)}
         (directory / "training.json").write_text(json.dumps(record, indent=2) + "\n")
