@@ -19,8 +19,8 @@ def markdown(report: dict[str, Any]) -> str:
     """The demo's rows as a Markdown table."""
     config, machine = report["config"], report["machine"]
     lines = [
-        "| recipe | answers right | turn 1 | later turns | first token | tokens/s | scores computed | KV stored "
-        "| KV read per token |",
+        "| recipe | answers right | turn 1 | later turns | first token | tokens/s | scores computed "
+        "| KV stored | KV read per token |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     base = report["rows"][0]
