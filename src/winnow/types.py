@@ -155,9 +155,11 @@ class Segment:
         return self.decode(first, last)
 
     def tiles(self, entries: int) -> Iterator[Segment]:
-        """Decoded segments of at most ``entries`` entries per head that together hold all of it."""
-        for first in range(0, int(self.lengths.max()), entries):
-            yield self.decode(first, first + entries)
+        """Decoded segments that together hold all of it; a raw one, which takes no memory, is one.
+
+        ``entries`` bounds what an encoded segment decodes at a time.
+        """
+        yield self
 
     def gather(self, selection: Selection) -> Segment:
         """The selected entries, copied into a decoded segment of one head per row of the selection.

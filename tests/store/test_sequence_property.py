@@ -68,15 +68,15 @@ class AgainstLists(RuleBasedStateMachine):
             own = self.store
             self.parent = self.store = new_store(heads)
             self.append(prefix, partial=9)
-            own.adopt([own_layer for own_layer in map(self.parent.segments, range(LAYERS))], prefix)
+            own.adopt(list(map(self.parent.segments, range(LAYERS))), prefix)
             self.before = [[s.k.clone() for s in self.parent.segments(i)] for i in range(LAYERS)]
             self.store = own
 
     @rule(tokens=st.sampled_from([1, 1, 1, 2, 7, 64, 150]), partial=st.integers(0, 5))
     def append(self, tokens: int, partial: int) -> None:
         if self.position + tokens > CAPACITY:
+            k = torch.zeros(tokens, self.heads, D)
             with pytest.raises(ValueError, match="raise the capacity"):
-                k = torch.zeros(tokens, self.heads, D)
                 self.store.append(0, k, k, torch.arange(self.position, self.position + tokens))
             return
         positions = torch.arange(self.position, self.position + tokens, dtype=torch.int32)
@@ -98,7 +98,9 @@ class AgainstLists(RuleBasedStateMachine):
         self.store.advance(tokens)
         self.position += tokens
 
-    @rule(data=st.data(), layer=st.integers(0, LAYERS - 1), how=st.sampled_from(["some", "few", "front", "all"]))
+    @rule(
+        data=st.data(), layer=st.integers(0, LAYERS - 1), how=st.sampled_from(["some", "few", "front", "all"])
+    )
     def keep(self, data: st.DataObject, layer: int, how: str) -> None:
         keep = []
         for head in range(self.heads):
@@ -110,7 +112,9 @@ class AgainstLists(RuleBasedStateMachine):
             else:
                 mask = chance < {"some": 0.7, "few": 0.1, "all": 2.0}[how]
             keep.append(mask.nonzero()[:, 0])
-            self.want[layer][head] = [e for e, m in zip(self.want[layer][head], mask.tolist(), strict=True) if m]
+            self.want[layer][head] = [
+                e for e, m in zip(self.want[layer][head], mask.tolist(), strict=True) if m
+            ]
         self.store.apply(layer, Plan(keep=tuple(keep)))
 
     @rule(

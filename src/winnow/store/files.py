@@ -286,9 +286,10 @@ def _fill_run(
 
     def read(number: int, plane: Plane) -> list[Tensor]:
         counts = [n // plane.entries for n in lengths]
-        tensor = _read_tensor(file, path, base, tensors[number])
-        if tensor.numel() != sum(counts) * plane.width * plane.dtype.itemsize:
+        entry, size = tensors[number], sum(counts) * plane.width * plane.dtype.itemsize
+        if entry["bytes"] != size or entry["offset"] < 0:
             raise _damaged(path, f"a tensor of layer {layer} has the wrong size")
+        tensor = _read_tensor(file, path, base, entry)
         return list(torch.split(tensor.view(plane.dtype).view(-1, plane.width), counts))
 
     rows = [read(number, plane) for number, plane in zip(record["planes"], planes, strict=True)]
