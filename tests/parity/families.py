@@ -116,6 +116,14 @@ CONFIGS: dict[str, Callable[[], hf.PreTrainedConfig]] = {
         num_local_experts=4,
         num_experts_per_tok=2,
     ),
+    "olmo3": lambda: hf.Olmo3Config(**_SIZES, sliding_window=WINDOW, layer_types=_MIXED),
+    "exaone4": lambda: hf.Exaone4Config(**_SIZES, sliding_window=WINDOW, layer_types=_MIXED),
+    "starcoder2": lambda: hf.Starcoder2Config(**_SIZES, sliding_window=WINDOW),
+    # These two do not pass keywords of forward down to their layers.
+    "stablelm": lambda: hf.StableLmConfig(**_SIZES),
+    "nemotron": lambda: hf.NemotronConfig(**_SIZES),
+    "gpt-neox": lambda: hf.GPTNeoXConfig(**{k: v for k, v in _SIZES.items() if k != "num_key_value_heads"}),
+    "phi": lambda: hf.PhiConfig(**_SIZES),
     "gpt2": lambda: hf.GPT2Config(
         vocab_size=VOCAB,
         n_embd=48,

@@ -14,7 +14,20 @@ from winnow.models.hf import HFModel
 LENGTH = 5 * WINDOW + 3
 TOLERANCE = {"atol": 1e-4, "rtol": 1e-4}
 # Families with a mechanism that a dense attention without window, soft cap and sinks gets wrong.
-SPECIAL = {"qwen2-window", "mistral", "mixtral", "phi3", "gemma2", "gemma3", "smollm3", "cohere2", "gpt-oss"}
+SPECIAL = {
+    "cohere2",
+    "exaone4",
+    "gemma2",
+    "gemma3",
+    "gpt-oss",
+    "mistral",
+    "mixtral",
+    "olmo3",
+    "phi3",
+    "qwen2-window",
+    "smollm3",
+    "starcoder2",
+}
 
 
 def tokens(length: int, seed: int = 0) -> Tensor:

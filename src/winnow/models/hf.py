@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from winnow.models.interface import KEYWORD, NAME
+from winnow.models.interface import NAME, attending
 from winnow.models.refuse import check_config, check_model, probe
 from winnow.models.rotary import position_limit
 from winnow.models.weights import fingerprint
@@ -73,13 +73,13 @@ class HFModel:
         """See :meth:`winnow.types.LanguageModel.forward`."""
         rows = rows.to(self.device)
         keep: dict[str, Any] = {"logits_to_keep": rows} if self._takes_rows else {}
-        logits: Tensor = self._model(
-            input_ids=token_ids.to(self.device)[None],
-            position_ids=position_ids.to(self.device)[None],
-            use_cache=False,
-            **keep,
-            **{KEYWORD: attend},
-        ).logits[0]
+        with attending(attend):
+            logits: Tensor = self._model(
+                input_ids=token_ids.to(self.device)[None],
+                position_ids=position_ids.to(self.device)[None],
+                use_cache=False,
+                **keep,
+            ).logits[0]
         return (logits if self._takes_rows else logits[rows]).float()
 
 

@@ -1,8 +1,9 @@
 """The two functions that Winnow registers with `transformers`: attention and its mask.
 
 A model whose attention implementation is :data:`NAME` calls :func:`_attention` once per layer.
-That function unpacks the call into the engine's form and hands it to the ``attend`` callable that
-came down as a keyword of the model's ``forward``. No mask is built: causality, sliding windows and
+That function unpacks the call into the engine's form and hands it to the ``attend`` callable of the
+surrounding :func:`attending`. (A context variable, not a keyword of the model's ``forward``: some
+families do not pass unknown keywords down to their layers.) No mask is built: causality, sliding windows and
 the limits of packed sequences are the business of ``attend``, which knows positions.
 """
 
@@ -20,15 +21,15 @@ from transformers import AttentionInterface, AttentionMaskInterface
 
 from winnow.types import Attend, AttentionSpec
 
-__all__ = ["KEYWORD", "NAME", "UNBOUNDED", "windows_in_masks"]
+__all__ = ["NAME", "UNBOUNDED", "attending", "windows_in_masks"]
 
 # transformers looks for "flash", "sdpa" and "flex_attention" inside such names.
 NAME = "winnow"
-KEYWORD = "winnow_attend"
 
 UNBOUNDED = 0
 """Marks a mask without a sliding window (see :func:`windows_in_masks`)."""
 
+_attend: ContextVar[Attend | None] = ContextVar("winnow_attend", default=None)
 _windows: ContextVar[list[int | None] | None] = ContextVar("winnow_windows", default=None)
 
 
@@ -46,7 +47,7 @@ def _attention(
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attention function of `transformers`: ``[1, heads, N, D]`` in, ``[1, N, heads, D]`` out."""
-    attend: Attend | None = kwargs.get(KEYWORD)
+    attend = _attend.get()
     if attend is None:
         raise ValueError(
             "this module belongs to Winnow and runs only through it; "
@@ -114,6 +115,16 @@ def _read(mask: Tensor | None) -> int | None:
         return None
     low, high = (float(x) for x in mask.float().aminmax())
     return int(low) if low == high and math.isfinite(low) else -1
+
+
+@contextmanager
+def attending(attend: Attend) -> Iterator[None]:
+    """Within this context (of this thread or task) models of ours attend through ``attend``."""
+    token = _attend.set(attend)
+    try:
+        yield
+    finally:
+        _attend.reset(token)
 
 
 @contextmanager

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from winnow.models.interface import KEYWORD, UNBOUNDED, windows_in_masks
+from winnow.models.interface import UNBOUNDED, attending, windows_in_masks
 from winnow.types import AttentionSpec
 
 __all__ = ["Facts", "check_config", "check_model", "probe", "unsupported"]
@@ -69,7 +69,7 @@ def check_config(config: Any) -> None:
     if others:
         raise unsupported(
             name,
-            f"it has layers of type {', '.join(others)}, whose state is not one key and value per token",
+            f"its layers of type {', '.join(others)} are neither full nor sliding-window attention",
             "use a model whose layers are all full or sliding-window attention",
         )
     if getattr(text, "num_kv_shared_layers", 0):
@@ -143,12 +143,10 @@ def probe(model: PreTrainedModel) -> Facts:
     witness = _Witness()
     tokens = torch.zeros(1, _PROBE_TOKENS, dtype=torch.long, device=model.device)
     positions = torch.arange(_PROBE_TOKENS, device=model.device)[None]
-    with torch.inference_mode(), windows_in_masks() as mask_windows:
+    with torch.inference_mode(), attending(witness), windows_in_masks() as mask_windows:
         try:
-            logits = model(
-                input_ids=tokens, position_ids=positions, use_cache=False, **{KEYWORD: witness}
-            ).logits
-        except (AttributeError, IndexError, KeyError, RuntimeError, TypeError) as error:
+            logits = model(input_ids=tokens, position_ids=positions, use_cache=False).logits
+        except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
             first_line = next(iter(str(error).splitlines()), type(error).__name__)
             raise unsupported(
                 name,
