@@ -195,7 +195,8 @@ class AgainstLists(RuleBasedStateMachine):
                     if isinstance(arena, HostArena):
                         assert arena.nbytes() == arena.resident()
                     elif isinstance(arena, DiskArena):
-                        assert arena.nbytes() == arena.allocated()
+                        # ext4 takes a block of its own for a list of more than four extents.
+                        assert arena.nbytes() <= arena.allocated() <= arena.nbytes() + 4096
 
     @invariant()
     def a_shared_prefix_is_never_written(self) -> None:

@@ -40,9 +40,14 @@ class Arena(abc.ABC):
     ----------
     data : Tensor
         ``[H, C, W]``. A device arena may replace it in :meth:`prepare`; the others never do.
+    rows, bases : Tensor
+        The same memory as ``[rows, W]``, and ``[H]`` the row at which each head begins: for writing
+        one row per head at different places with one call.
     """
 
     data: Tensor
+    rows: Tensor
+    bases: Tensor
 
     @abc.abstractmethod
     def prepare(self, head: int, first: int, last: int) -> int:
@@ -79,6 +84,8 @@ class _Mapped(Arena):
         # frombuffer keeps the mapping alive but does not lock it: never call mapping.close(), which
         # would unmap under live views; close() below empties it instead and views read zeros.
         flat = torch.frombuffer(mapping, dtype=dtype, count=heads * stride * width)
+        self.rows = flat.view(heads * stride, width)
+        self.bases = torch.arange(heads) * stride
         self.data = flat.view(heads, stride, width)[:, :rows]
 
     def prepare(self, head: int, first: int, last: int) -> int:
@@ -210,17 +217,22 @@ class DeviceArena(Arena):
     """A plain tensor on an accelerator that doubles: growth copies, by the rule of the decision page."""
 
     def __init__(self, heads: int, rows: int, width: int, dtype: torch.dtype, device: torch.device):
-        self._rows = rows
-        self.data = torch.empty(heads, 0, width, dtype=dtype, device=device)
+        self._most = rows
+        self._set(torch.empty(heads, 0, width, dtype=dtype, device=device))
+
+    def _set(self, data: Tensor) -> None:
+        self.data = data
+        self.rows = data.view(-1, data.shape[2])
+        self.bases = torch.arange(data.shape[0], device=data.device) * data.shape[1]
 
     def prepare(self, head: int, first: int, last: int) -> int:
         have = self.data.shape[1]
         if last > have:
             heads, _, width = self.data.shape
-            rows = min(self._rows, max(last, 2 * have, 64))
+            rows = min(self._most, max(last, 2 * have, 64))
             grown = torch.empty(heads, rows, width, dtype=self.data.dtype, device=self.data.device)
             grown[:, :have] = self.data
-            self.data = grown
+            self._set(grown)
         return self.data.shape[1]
 
     def retain(self, head: int, first: int, last: int) -> None:
@@ -231,7 +243,7 @@ class DeviceArena(Arena):
 
     def close(self) -> None:
         heads, _, width = self.data.shape
-        self.data = self.data.new_empty(heads, 0, width)
+        self._set(self.data.new_empty(heads, 0, width))
 
 
 def open_arena(

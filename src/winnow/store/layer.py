@@ -120,10 +120,7 @@ class Layer:
         front: list[Run | SharedRun] = []
         base = [0] * len(keep)
         for run in self._runs():
-            picks = [
-                kept[(kept >= b) & (kept < b + n)] - b
-                for kept, b, n in zip(keep, base, run.lengths, strict=True)
-            ]
+            picks = [_between(kept, b, b + n) for kept, b, n in zip(keep, base, run.lengths, strict=True)]
             base = [b + n for b, n in zip(base, run.lengths, strict=True)]
             self._keep_in(run, picks, carry)
             if run is not self.tail and max(run.lengths):
@@ -168,7 +165,7 @@ class Layer:
         lengths = []
         for head, pick in enumerate(picks):
             pieces = held[head] if held is not None else [*carry[head], _gather(run, head, pick)]
-            k, v, positions = (torch.cat(parts) for parts in zip(*pieces, strict=True))
+            k, v, positions = _joined(pieces)
             stay = len(positions) // ENTRIES * ENTRIES if whole else len(positions)
             run.write(head, 0, k[:stay], v[:stay], positions[:stay])
             carry[head] = [(k[stay:], v[stay:], positions[stay:])] if stay < len(positions) else []
@@ -258,7 +255,7 @@ class Layer:
                     (*run.read(head, 0, take[head]), run.positions_of(head, 0, take[head]))
                     for run, take in sources
                 ]
-                k, v, positions = (torch.cat(same) for same in zip(*parts, strict=True))
+                k, v, positions = _joined(parts)
                 home.write(head, at, k, v, positions)
         except BaseException:
             home.publish(home.lengths)
@@ -336,6 +333,19 @@ class Layer:
             run.close()
         self.front = []
         self._segments = None
+
+
+def _joined(pieces: list[Piece]) -> Piece:
+    if len(pieces) == 1:
+        return pieces[0]
+    k, v, positions = (torch.cat(parts) for parts in zip(*pieces, strict=True))
+    return k, v, positions
+
+
+def _between(kept: Tensor, first: int, last: int) -> Tensor:
+    """The part of an ascending list that lies in ``first .. last - 1``, counted from ``first``."""
+    a, b = torch.searchsorted(kept, torch.tensor([first, last])).tolist()
+    return kept[a:b] - first if first else kept[a:b]
 
 
 def _gather(run: Run | SharedRun, head: int, pick: Tensor) -> Piece:

@@ -64,7 +64,8 @@ class Run:
         self.lengths = [0] * shape.heads
         self.uniform = True
         self._positions: Arena | None = None
-        self._ready = 0  # slots that are prepared for an append to all heads
+        self._ready = 0  # slots that are prepared for an append to all heads, while they are uniform
+        self._room = 0  # tokens that every head is prepared for, while they are ragged
 
     def _arena(self, width: int, dtype: torch.dtype, rows: int) -> Arena:
         shape = self.shape
@@ -164,19 +165,29 @@ class Run:
 
     def _append_ragged(self, k_THD: Tensor, v_THD: Tensor, positions_T: Tensor) -> None:
         """One scatter per plane: head ``h`` writes behind its own last entry."""
-        tokens = k_THD.shape[0]
+        tokens, heads = k_THD.shape[0], self.shape.heads
         self.need_positions()
         assert self._positions is not None
         ends = [self.first + n for n in self.lengths]
-        for arena in (*self.arenas, self._positions):
-            for head, end in enumerate(ends):
-                arena.prepare(head, end, end + tokens)
-        device = k_THD.device
-        heads = torch.arange(self.shape.heads, device=device).unsqueeze(1)
-        slots = torch.tensor(ends, device=device).unsqueeze(1) + torch.arange(tokens, device=device)
-        self.arenas[0].data[heads, slots] = k_THD.transpose(0, 1)
-        self.arenas[1].data[heads, slots] = v_THD.transpose(0, 1)
-        self._positions.data[heads, slots, 0] = positions_T.to(device=device, dtype=torch.int32)
+        if tokens > self._room:
+            room = [
+                arena.prepare(head, end, end + tokens) - end
+                for arena, _ in self._tables()
+                for head, end in enumerate(ends)
+            ]
+            self._room = min(room)
+        slots = torch.tensor(ends, device=k_THD.device)
+        if tokens > 1:
+            slots = slots.unsqueeze(1) + torch.arange(tokens, device=k_THD.device)
+        where = positions_T.to(device=k_THD.device, dtype=torch.int32).repeat(heads)
+        for arena, rows in (
+            (self.arenas[0], k_THD.transpose(0, 1).flatten(0, 1)),
+            (self.arenas[1], v_THD.transpose(0, 1).flatten(0, 1)),
+            (self._positions, where.unsqueeze(1)),
+        ):
+            base = arena.bases if tokens == 1 else arena.bases.unsqueeze(1)
+            arena.rows.index_copy_(0, (base + slots).flatten(), rows)
+        self._room -= tokens
         self.lengths = [n + tokens for n in self.lengths]
 
     def write(self, head: int, at: int, k_nD: Tensor, v_nD: Tensor, positions_n: Tensor) -> None:
@@ -206,7 +217,7 @@ class Run:
         """Set how many entries each head holds and give back what lies outside."""
         self.lengths = lengths
         self.uniform = min(lengths) == max(lengths)
-        self._ready = 0
+        self._ready = self._room = 0
         if max(lengths) == 0:
             self.first = 0
         for arena, entries in self._tables():
@@ -265,7 +276,7 @@ class Run:
             table.prepare(head, self.first, self.first + n)
             table.data[head, self.first : self.first + n, 0] = self.positions_of(head, 0, n)
         self._positions = table
-        self._ready = 0  # the table's slots are not prepared for the next append
+        self._ready = self._room = 0  # the table's slots are not prepared for the next append
 
     def close(self) -> None:
         """Give everything back."""

@@ -67,13 +67,17 @@ class EncodedSegment:
         longest = int(self.lengths.max())
         last = longest if last is None else min(last, longest)
         low, high = first // ENTRIES * ENTRIES, -(-last // ENTRIES) * ENTRIES
-        planes = self.form.planes(self.head_dim, self.dtype)
-        k, v = self.form.decode(
-            tuple(
-                row[:, low // p.entries : high // p.entries] for row, p in zip(self.rows, planes, strict=True)
-            ),
-            self.dtype,
-        )
+        if int(self.lengths.min()) >= last:
+            k, v = self._decode_pages(slice(None), low, high)
+        else:  # what lies behind the end of a shorter head is reserved, not valid: never touch it
+            k = torch.zeros(
+                self.heads, high - low, self.head_dim, dtype=self.dtype, device=self.rows[0].device
+            )
+            v = torch.zeros_like(k)
+            for head, n in enumerate(self.lengths.tolist()):
+                if n > low:
+                    end = min(n, high)
+                    k[head, : end - low], v[head, : end - low] = self._decode_pages(head, low, end)
         return Segment(
             k=k[:, first - low : last - low],
             v=v[:, first - low : last - low],
@@ -82,6 +86,13 @@ class EncodedSegment:
             positions=None if self.positions is None else self.positions[:, first:last],
             tier=self.tier,
             version=self.version,
+        )
+
+    def _decode_pages(self, heads: int | slice, low: int, high: int) -> tuple[Tensor, Tensor]:
+        planes = self.form.planes(self.head_dim, self.dtype)
+        rows = zip(self.rows, planes, strict=True)
+        return self.form.decode(
+            tuple(row[heads, low // p.entries : high // p.entries] for row, p in rows), self.dtype
         )
 
     def narrow(self, first: int, last: int) -> EncodedSegment:
