@@ -1,9 +1,255 @@
+// Top-k: one pass over a row keeps the candidates above a threshold that a sample suggests, a quickselect
+// over the candidates finds the exact k-th largest, and a pass over them writes the indices.
+//
+// A sample only decides how many candidates there are, never which are chosen: where it was misleading and
+// fewer than k candidates remain, the pass is repeated without a threshold.
 #include "top_k.h"
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <stdexcept>
+#include <vector>
+
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+#if WINNOW_ISA_avx512
+#include <immintrin.h>
+#endif
 
 namespace winnow {
 namespace WINNOW_ISA {
+namespace {
 
-TopKKernels top_k_kernels() { return {}; }
+constexpr int64_t SAMPLE = 1024;
+constexpr int64_t SAMPLE_FROM = 8192;  // shorter rows are candidates as a whole
+constexpr int64_t SMALL = 64;          // candidates that are sorted outright
+constexpr int64_t SERIAL_BYTES = 1 << 18;
+constexpr int SLACK = 16;              // vector stores may write this far behind the last value
+constexpr float LOWEST = std::numeric_limits<float>::lowest();  // -inf and NaN are never candidates
+
+#if WINNOW_ISA_avx512
+
+// Appends (x[i], i) for all x[i] >= least; returns how many.
+int64_t collect(const float* x, int64_t n, float least, float* value, int32_t* index) {
+  const __m512 bound = _mm512_set1_ps(least);
+  __m512i at = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  const __m512i step = _mm512_set1_epi32(16);
+  int64_t count = 0;
+  for (int64_t i = 0; i < n; i += 16) {
+    const auto valid = static_cast<__mmask16>(n - i >= 16 ? 0xffff : (1u << (n - i)) - 1);
+    const __m512 v = _mm512_maskz_loadu_ps(valid, x + i);
+    const __mmask16 take = _mm512_mask_cmp_ps_mask(valid, v, bound, _CMP_GE_OQ);
+    if (take) {
+      _mm512_storeu_ps(value + count, _mm512_maskz_compress_ps(take, v));
+      _mm512_storeu_si512(index + count, _mm512_maskz_compress_epi32(take, at));
+      count += __builtin_popcount(take);
+    }
+    at = _mm512_add_epi32(at, step);
+  }
+  return count;
+}
+
+// Splits x into what is above and what is below the pivot.
+void split(const float* x, int64_t n, float pivot, float* above, int64_t* n_above, float* below, int64_t* n_below) {
+  const __m512 bound = _mm512_set1_ps(pivot);
+  int64_t a = 0, b = 0;
+  for (int64_t i = 0; i < n; i += 16) {
+    const auto valid = static_cast<__mmask16>(n - i >= 16 ? 0xffff : (1u << (n - i)) - 1);
+    const __m512 v = _mm512_maskz_loadu_ps(valid, x + i);
+    const __mmask16 more = _mm512_mask_cmp_ps_mask(valid, v, bound, _CMP_GT_OQ);
+    const __mmask16 less = _mm512_mask_cmp_ps_mask(valid, v, bound, _CMP_LT_OQ);
+    _mm512_storeu_ps(above + a, _mm512_maskz_compress_ps(more, v));
+    _mm512_storeu_ps(below + b, _mm512_maskz_compress_ps(less, v));
+    a += __builtin_popcount(more);
+    b += __builtin_popcount(less);
+  }
+  *n_above = a;
+  *n_below = b;
+}
+
+// Writes the indices of all values above `least`, and of those equal to it but for the first `skip`.
+int64_t emit(const float* value, const int32_t* index, int64_t n, float least, int64_t skip, int32_t* to) {
+  const __m512 bound = _mm512_set1_ps(least);
+  int64_t count = 0;
+  for (int64_t i = 0; i < n; i += 16) {
+    const auto valid = static_cast<__mmask16>(n - i >= 16 ? 0xffff : (1u << (n - i)) - 1);
+    const __m512 v = _mm512_maskz_loadu_ps(valid, value + i);
+    uint32_t equal = _mm512_mask_cmp_ps_mask(valid, v, bound, _CMP_EQ_OQ);
+    for (; skip > 0 && equal; --skip) equal &= equal - 1;
+    const auto take = static_cast<__mmask16>(_mm512_mask_cmp_ps_mask(valid, v, bound, _CMP_GT_OQ) | equal);
+    const __m512i picked = _mm512_maskz_compress_epi32(take, _mm512_maskz_loadu_epi32(valid, index + i));
+    const int found = __builtin_popcount(take);
+    // The row ends where the last index does: no store may reach behind it.
+    _mm512_mask_storeu_epi32(to + count, static_cast<__mmask16>((1u << found) - 1), picked);
+    count += found;
+  }
+  return count;
+}
+
+#else
+
+int64_t collect(const float* x, int64_t n, float least, float* value, int32_t* index) {
+  int64_t count = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    value[count] = x[i];
+    index[count] = static_cast<int32_t>(i);
+    count += x[i] >= least;
+  }
+  return count;
+}
+
+void split(const float* x, int64_t n, float pivot, float* above, int64_t* n_above, float* below, int64_t* n_below) {
+  int64_t a = 0, b = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    const float v = x[i];
+    above[a] = v;
+    below[b] = v;
+    a += v > pivot;
+    b += v < pivot;
+  }
+  *n_above = a;
+  *n_below = b;
+}
+
+int64_t emit(const float* value, const int32_t* index, int64_t n, float least, int64_t skip, int32_t* to) {
+  int64_t count = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    const bool equal = value[i] == least;
+    if (value[i] > least || (equal && skip <= 0)) to[count++] = index[i];
+    skip -= equal;
+  }
+  return count;
+}
+
+#endif
+
+struct Kth {
+  float value;
+  int64_t above, equal;  // how many values are larger, and how many the same
+};
+
+class Selector {
+ public:
+  // Indices of the k largest of x[0..n), ascending; returns how many there were.
+  int64_t run(const float* x, int64_t n, int64_t k, int32_t* to) {
+    if (k <= 0 || n <= 0) return 0;
+    reserve(n);
+    const float threshold = suggest(x, n, k);
+    int64_t count = collect(x, n, threshold, value_.data(), index_.data());
+    if (count < k && threshold > LOWEST) count = collect(x, n, LOWEST, value_.data(), index_.data());
+    if (count <= k) {
+      std::copy(index_.begin(), index_.begin() + count, to);
+      return count;
+    }
+    const Kth kth = select(value_.data(), count, k);
+    // Of equal scores the more recent entries, those with larger indices, are taken.
+    return emit(value_.data(), index_.data(), count, kth.value, kth.above + kth.equal - k, to);
+  }
+
+ private:
+  void reserve(int64_t n) {
+    const auto size = static_cast<size_t>(n + SLACK);
+    if (value_.size() >= size) return;
+    value_.resize(size);
+    index_.resize(size);
+    for (auto& buffer : parts_) buffer.resize(size);
+  }
+
+  // A score that very likely has more than k, but not many more, scores at or above it.
+  float suggest(const float* x, int64_t n, int64_t k) {
+    if (n < SAMPLE_FROM) return LOWEST;
+    const double expected = static_cast<double>(k) * SAMPLE / static_cast<double>(n);
+    const auto rank = static_cast<int64_t>(expected + 4 * std::sqrt(expected) + 4);
+    if (rank >= SAMPLE / 2) return LOWEST;
+    const int64_t stride = n / SAMPLE;
+    uint32_t jitter = 1;  // against scores that repeat with the stride
+    int64_t count = 0;
+    for (int64_t i = 0; i < SAMPLE; ++i) {
+      jitter = jitter * 1664525u + 1013904223u;
+      const float v = x[i * stride + static_cast<int64_t>((jitter >> 8) % static_cast<uint32_t>(stride))];
+      value_[static_cast<size_t>(count)] = v;
+      count += v >= LOWEST;
+    }
+    return count < rank ? LOWEST : select(value_.data(), count, rank).value;
+  }
+
+  // The k-th largest of x[0..n), 0 < k <= n, without changing x.
+  Kth select(const float* x, int64_t n, int64_t k) {
+    int64_t above = 0;  // values already known to be larger than all that is left
+    int from = 0;       // which pair of buffers the next split may overwrite
+    while (n > SMALL) {
+      const float pivot = choose(x, n, k - above);
+      float *more = parts_[from].data(), *less = parts_[from + 1].data();
+      int64_t n_more, n_less;
+      split(x, n, pivot, more, &n_more, less, &n_less);
+      const int64_t equal = n - n_more - n_less;
+      if (k <= above + n_more) {
+        x = more;
+        n = n_more;
+      } else if (k <= above + n_more + equal) {
+        return {pivot, above + n_more, equal};
+      } else {
+        above += n_more + equal;
+        x = less;
+        n = n_less;
+      }
+      from = 2 - from;
+    }
+    float small[SMALL];
+    std::copy(x, x + n, small);
+    std::sort(small, small + n, [](float a, float b) { return a > b; });
+    Kth kth{small[k - above - 1], above, 0};
+    for (int64_t i = 0; i < n; ++i) {
+      kth.above += small[i] > kth.value;
+      kth.equal += small[i] == kth.value;
+    }
+    return kth;
+  }
+
+  // One of the values, near the one of the wanted rank.
+  static float choose(const float* x, int64_t n, int64_t rank) {
+    constexpr int64_t FEW = 24;
+    float few[FEW];
+    for (int64_t i = 0; i < FEW; ++i) few[i] = x[i * n / FEW];
+    const int64_t at = std::min(FEW - 1, rank * FEW / n);
+    std::nth_element(few, few + at, few + FEW, [](float a, float b) { return a > b; });
+    return few[at];
+  }
+
+  std::vector<float> value_;
+  std::vector<int32_t> index_;
+  std::vector<float> parts_[4];
+};
+
+void top_k(const TopKArgs& a) {
+  int64_t work = 0;
+  for (int64_t r = 0; r < a.rows; ++r) {
+    if (a.lengths[r] < 0 || a.lengths[r] > a.width) throw std::invalid_argument("top_k: a length lies outside its row");
+    if (a.k[r] > a.listed) throw std::invalid_argument("top_k: a k exceeds the list");
+    work += a.lengths[r];
+  }
+  const auto run = [&a](int64_t r) {
+    static thread_local Selector selector;  // its buffers outlive the call: they are as long as a row
+    int32_t* to = a.indices + r * a.listed;
+    const int64_t count = selector.run(a.scores + r * a.row_stride, a.lengths[r], a.k[r], to);
+    std::fill(to + count, to + a.listed, -1);
+    a.counts[r] = static_cast<int32_t>(count);
+  };
+#ifdef _OPENMP
+  if (a.rows > 1 && work * 4 >= SERIAL_BYTES && !omp_in_parallel()) {
+#pragma omp parallel for schedule(dynamic, 1)
+    for (int64_t r = 0; r < a.rows; ++r) run(r);
+    return;
+  }
+#endif
+  for (int64_t r = 0; r < a.rows; ++r) run(r);
+}
+
+}  // namespace
+
+TopKKernels top_k_kernels() { return {top_k}; }
 
 }  // namespace WINNOW_ISA
 }  // namespace winnow
