@@ -162,7 +162,7 @@ def test_positions_stay_in_one_rotary_regime(kind: str) -> None:
             **factors,
         },
     )
-    assert position_limit(config) == 64
+    assert position_limit(config) == {"dynamic": 256, "longrope": 64}[kind]
     assert position_limit(LlamaConfig(max_position_embeddings=256)) == 256
 
 

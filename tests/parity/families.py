@@ -69,6 +69,21 @@ CONFIGS: dict[str, Callable[[], hf.PreTrainedConfig]] = {
         **_SIZES, num_local_experts=4, num_experts_per_tok=2, sliding_window=WINDOW
     ),
     "phi3": lambda: hf.Phi3Config(**_SIZES, sliding_window=WINDOW),
+    # Both stay in their first regime: see winnow.models.rotary.position_limit.
+    "dynamic-rope": lambda: hf.LlamaConfig(
+        **_SIZES, rope_parameters={"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0}
+    ),
+    "phi3-longrope": lambda: hf.Phi3Config(
+        **_SIZES,
+        original_max_position_embeddings=64,
+        rope_parameters={
+            "rope_type": "longrope",
+            "rope_theta": 10000.0,
+            "short_factor": [1.0, 1.5, 2.0, 2.5],
+            "long_factor": [2.0, 4.0, 6.0, 8.0],
+            "original_max_position_embeddings": 64,
+        },
+    ),
     "gemma2": lambda: hf.Gemma2Config(
         **_SIZES,
         **_HEAD,

@@ -106,12 +106,12 @@ def _from_name(
 ) -> tuple[PreTrainedModel, Text | None, str]:
     source = str(embedded.path()) if name == "embedded" else name
     local = Path(source).expanduser()
-    if local.is_dir():
+    if source and local.is_dir():
         _check_directory(local)
         source = str(local)
     else:
         _check_hub_name(name)
-    offline = local.is_dir()
+    offline = bool(source) and local.is_dir()
     try:
         config = AutoConfig.from_pretrained(source, local_files_only=offline)
     except (OSError, ValueError, KeyError) as error:

@@ -12,6 +12,8 @@ __all__ = ["frequencies", "position_limit", "rope_types"]
 _log = logging.getLogger("winnow.models")
 # Scalings that choose frequencies by the longest position of a call.
 _BY_LENGTH = ("dynamic", "longrope")
+# A store reserves addresses for as many positions as a model takes, so "no limit" is a number too.
+_UNLIMITED = 2**20
 
 
 def _parameters(config: Any) -> list[dict[str, Any]]:
@@ -31,22 +33,20 @@ def position_limit(config: Any) -> int:
 
     ``dynamic`` and ``longrope`` scaling choose frequencies by the longest position of a call. Keys
     turned in one regime must not meet queries of the other, and packed sequences would influence
-    each other, so such a model runs in its short regime only.
+    each other, so such a model runs in its short regime only. For ``dynamic`` that ends at
+    ``max_position_embeddings``, for ``longrope`` at ``original_max_position_embeddings``.
     """
-    limit = int(getattr(config, "max_position_embeddings", None) or 2**20)
+    limit = int(getattr(config, "max_position_embeddings", None) or _UNLIMITED)
     for parameters in _parameters(config):
-        kind = parameters.get("rope_type")
-        if kind in _BY_LENGTH:
-            short = int(parameters.get("original_max_position_embeddings") or limit)
-            if short < limit:
-                _log.warning(
-                    "%s rotary scaling changes its frequencies after %d positions: max_length is %d, not %d",
-                    kind,
-                    short,
-                    short,
-                    limit,
-                )
-            limit = min(limit, short)
+        short = int(parameters.get("original_max_position_embeddings") or limit)
+        if parameters.get("rope_type") == "longrope" and short < limit:
+            _log.warning(
+                "longrope changes its frequencies after %d positions: max_length is %d, not %d",
+                short,
+                short,
+                limit,
+            )
+            limit = short
     return limit
 
 
