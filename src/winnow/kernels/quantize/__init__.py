@@ -1,0 +1,113 @@
+"""Rounding entries to 8, 4 or 2 bits and back.
+
+A value becomes ``(code - offset) * scale + zero``. Scale and zero are bfloat16 (not float16: keys of
+any magnitude stay finite), and are rounded *outwards* before the codes are computed from them, so that
+the only error left is at most half a scale. Their bytes count: a 4-bit group of 64 with scale and zero
+takes 4.5 bits per value.
+
+The axis says which values share a scale. ``token``: ``group`` consecutive channels of one token
+(``group = D`` is one scale per token). ``channel``: ``group`` consecutive tokens of one channel, as KIVI
+(arXiv 2402.02750) does for keys, whose outliers keep to a few channels.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from winnow.kernels.backend import Backend, choose
+
+from . import native, reference
+from .form import Axis, Quantized, check_form
+
+__all__ = ["Axis", "Quantized", "dequantize", "quantize"]
+
+
+def quantize(
+    x: Tensor,
+    *,
+    bits: int,
+    axis: Axis,
+    group: int,
+    symmetric: bool = False,
+    backend: Backend = "auto",
+) -> Quantized:
+    """Round ``x`` to a few bits.
+
+    Parameters
+    ----------
+    x : Tensor
+        ``[..., n, D]`` floating, finite: that is the caller's to ensure, as checking would read
+        everything twice. NaN or infinity make their group meaningless and touch no other.
+        Magnitudes stay below 2^126.
+    bits : {8, 4, 2}
+    axis : {"token", "channel"}
+        What shares a scale: channels of one token, or tokens of one channel.
+    group : int
+        How many of them; divides ``D`` or ``n``.
+    symmetric : bool
+        No zero point: half the metadata, and coarser where values lie to one side.
+    backend : Backend
+
+    Returns
+    -------
+    Quantized
+        With ``abs(x - dequantize(...)) <= scale / 2``, up to the rounding of float32. Every
+        backend and instruction set gives the same bits.
+
+    Raises
+    ------
+    ValueError
+        If the last group would be partial, the bits do not fill bytes, or the backend cannot run.
+    """
+    if x.dim() < 2 or not x.is_floating_point():
+        raise ValueError(f"quantize takes floating values [..., n, D], got {x.dtype} {list(x.shape)}")
+    check_form(x.shape[-2], x.shape[-1], bits, axis, group)
+    chosen = _choose("quantize", backend, x, native.quantize_unsupported(x))
+    run = native.quantize if chosen == "native" else reference.quantize
+    return run(x, bits, axis, group, symmetric)
+
+
+def dequantize(
+    q: Quantized,
+    dtype: torch.dtype = torch.bfloat16,
+    *,
+    out: Tensor | None = None,
+    backend: Backend = "auto",
+) -> Tensor:
+    """Values ``[..., n, D]`` of what :func:`quantize` made.
+
+    Parameters
+    ----------
+    q : Quantized
+        Its tensors may be views, such as a range of tokens of a larger table.
+    dtype : torch.dtype
+        float32 or bfloat16; ignored where ``out`` is given.
+    out : Tensor or None
+        Where to write, for a caller that decodes tile after tile into the same memory.
+    backend : Backend
+
+    Raises
+    ------
+    ValueError
+        If ``out`` has another shape, or the backend cannot run.
+    """
+    shape = (*q.codes.shape[:-1], q.width)
+    if out is not None:
+        if out.shape != shape:
+            raise ValueError(f"out has shape {list(out.shape)}, the values are {list(shape)}")
+        dtype = out.dtype
+    if _choose("dequantize", backend, q.codes, native.dequantize_unsupported(q, dtype, out)) == "native":
+        out = torch.empty(shape, dtype=dtype) if out is None else out
+        native.dequantize(q, out)
+        return out
+    values = reference.dequantize(q, dtype)
+    return values if out is None else out.copy_(values)
+
+
+def _choose(op: str, backend: Backend, x: Tensor, unsupported: str) -> Backend:
+    if backend == "triton":
+        raise ValueError(f"{op} has no Triton kernel; use backend='auto' or 'reference'")
+    if x.is_cuda and backend == "auto":
+        backend = "reference"  # plain PyTorch operations, which run there
+    return choose(op, backend, x.device, unsupported=unsupported)
