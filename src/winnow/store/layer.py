@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -15,6 +16,15 @@ __all__ = ["Layer"]
 
 _LOWER: tuple[Tier, ...] = ("disk", "host", "device")
 Piece = tuple[Tensor, Tensor, Tensor]  # K [n, D], V [n, D], positions [n]
+
+
+@dataclass(frozen=True)
+class _Move:
+    """The oldest ``take[h]`` entries of a run go to a codec and tier."""
+
+    run: Run | SharedRun
+    take: list[int]
+    kind: tuple[str, Tier]
 
 
 class Layer:
@@ -95,7 +105,7 @@ class Layer:
     # ------------------------------------------------------------------ plans
 
     def apply(self, plan: Plan) -> None:
-        """Carry out a plan; the layer is unchanged where it raises."""
+        """Carry out a plan: drop first, then demote; each of the two happens whole or not at all."""
         if plan.demote % ENTRIES or plan.demote < 0:
             raise ValueError(f"a plan demotes {plan.demote} entries; make it a multiple of {ENTRIES}")
         if plan.codec is not None:
@@ -179,88 +189,78 @@ class Layer:
         lower tier keep it: a plan never promotes.
         """
         left = [min(entries, n // ENTRIES * ENTRIES) for n in self.lengths()]
-        todo: list[tuple[Run | SharedRun, list[int], tuple[str, Tier]]] = []
+        todo: list[_Move] = []
         for run in self._runs():
             take = [min(a, b) for a, b in zip(left, run.lengths, strict=True)]
             left = [a - b for a, b in zip(left, take, strict=True)]
             if isinstance(run, SharedRun) and min(take) != max(take):
-                # A view cannot start at another entry in every head: own the entries first.
-                self._own()
+                # A view cannot begin at another entry in every head.
+                self._own(run)
                 return self.demote(entries, codec, tier)
-            todo.append((run, take, self._target(run, codec, tier)))
-        self._segments = None
+            kind = self._target(run, codec, tier) if any(take) else _kind(run)
+            todo.append(_Move(run, take, kind))
+        before = {run: run.lengths for run in self.owned()}
         front: list[Run | SharedRun] = []
-        fresh: list[tuple[Run, list[int]]] = []  # runs that grow, and the lengths they get
-        position = 0
         try:
-            while position < len(todo):
-                run, take, kind = todo[position]
-                if not any(take) or kind == (run.codec.name, run.tier):
-                    front.append(run)
-                    position += 1
-                    continue
-                # Neighbours that go to the same place are encoded together, in whole pages.
-                group = [todo[position]]
-                while position + len(group) < len(todo) and todo[position + len(group)][2] == kind:
-                    group.append(todo[position + len(group)])
-                last = front[-1] if front else None
-                if isinstance(last, Run) and (last.codec.name, last.tier) == kind:
-                    home = last
-                else:
-                    home = Run(self.shape, *kind)
-                    front.append(home)
-                fresh.append((home, self._fill(home, [(r, t) for r, t, _ in group])))
-                front.extend(r for r, _, _ in group)
-                position += len(group)
+            for group in _groups(todo):
+                kind = group[0].kind
+                if kind != _kind(group[0].run):
+                    last = front[-1] if front else None
+                    home = last if isinstance(last, Run) and _kind(last) == kind else Run(self.shape, *kind)
+                    if home is not last:
+                        front.append(home)
+                    self._fill(home, group)
+                front.extend(move.run for move in group)
         except BaseException:
-            for home, _ in fresh:
-                home.publish(home.lengths)
+            for run in front:
+                if run in before:
+                    assert isinstance(run, Run)
+                    run.publish(before[run])
+                elif isinstance(run, Run):
+                    run.close()
             raise
+        self._segments = None
         self._version += 1
-        for home, lengths in fresh:
-            home.publish(lengths)
-        for run, take, kind in todo:
-            if any(take) and kind != (run.codec.name, run.tier):
-                if isinstance(run, SharedRun):
-                    run.narrow(take[0], max(run.lengths))
+        for move in todo:
+            if move.kind != _kind(move.run):
+                if isinstance(move.run, SharedRun):
+                    move.run.narrow(move.take[0], max(move.run.lengths))
                 else:
-                    run.drop_front(take)
-                run.version = self._version
-        self.front = [run for run in front if run is not self.tail and max(run.lengths)]
+                    move.run.drop_front(move.take)
+                move.run.version = self._version
         for run in front:
+            if run not in before and isinstance(run, Run):
+                run.version = self._version
             if run is not self.tail and not max(run.lengths):
                 run.close()
+        self.front = [run for run in front if run is not self.tail and max(run.lengths)]
 
-    def _fill(self, home: Run, sources: list[tuple[Run | SharedRun, list[int]]]) -> list[int]:
-        """Write the oldest entries of ``sources`` behind those of ``home``; return its new lengths."""
-        moved = [sum(take) for take in zip(*(take for _, take in sources), strict=True)]
+    def _fill(self, home: Run, group: list[_Move]) -> None:
+        """Add the oldest entries of the runs of a group behind those of ``home``."""
+        assert all(move.kind == _kind(home) for move in group)
+        moved = [sum(counts) for counts in zip(*(move.take for move in group), strict=True)]
         assert all(n % ENTRIES == 0 for n in moved), "whole pages"
-        try:
-            if not max(home.lengths):
-                home.start = int(sources[0][0].positions_of(0, 0, 1)) if sources[0][0].lengths[0] else 0
-            for head, n in enumerate(moved):
-                expected = torch.arange(home.start, home.start + home.lengths[head] + n, dtype=torch.int32)
-                new = torch.cat([run.positions_of(head, 0, take[head]) for run, take in sources])
-                if not torch.equal(new, expected[home.lengths[head] :]):
-                    home.need_positions()
-            for head, n in enumerate(moved):
-                if not n:
-                    continue
-                at = home.lengths[head]
-                only = sources[0][0] if len(sources) == 1 else None
-                if isinstance(only, Run) and only.codec is home.codec:
-                    home.copy_pages(head, at, only, 0, n)
-                    continue
-                parts = [
-                    (*run.read(head, 0, take[head]), run.positions_of(head, 0, take[head]))
-                    for run, take in sources
-                ]
-                k, v, positions = _joined(parts)
-                home.write(head, at, k, v, positions)
-        except BaseException:
-            home.publish(home.lengths)
-            raise
-        return [n + m for n, m in zip(home.lengths, moved, strict=True)]
+        where = [
+            torch.cat([move.run.positions_of(head, 0, move.take[head]) for move in group])
+            for head in range(len(moved))
+        ]
+        if not any(home.lengths):
+            home.start = min(int(positions[0]) for positions in where if len(positions))
+        for have, positions in zip(home.lengths, where, strict=True):
+            begin = home.start + have
+            if not torch.equal(
+                positions.cpu(), torch.arange(begin, begin + len(positions), dtype=torch.int32)
+            ):
+                home.need_positions()
+        for head, n in enumerate(moved):
+            at, source = home.lengths[head], group[0].run
+            if n and len(group) == 1 and isinstance(source, Run) and source.codec is home.codec:
+                home.copy_pages(head, at, source, 0, n)
+            elif n:
+                parts = [move.run.read(head, 0, move.take[head]) for move in group]
+                k, v = (torch.cat(same) for same in zip(*parts, strict=True))
+                home.write(head, at, k, v, where[head])
+        home.publish([have + n for have, n in zip(home.lengths, moved, strict=True)])
 
     def _target(self, run: Run | SharedRun, codec: str | None, tier: Tier | None) -> tuple[str, Tier]:
         """Codec and tier that a run's entries get: the smaller and the lower of what is and what is asked."""
@@ -272,18 +272,25 @@ class Layer:
             min(tiers, key=_LOWER.index),
         )
 
-    def _own(self) -> None:
-        """Copy all shared entries in front of the tail."""
+    def _own(self, shared: SharedRun) -> None:
+        """Replace a shared run by a copy, in the form that it has."""
+        segment = shared.segment()
+        own = Run(self.shape, *_kind(shared))
+        tables = segment.rows if isinstance(segment, EncodedSegment) else (segment.k, segment.v)
+        lengths, positions = shared.lengths, segment.positions
+        own.restore(
+            [
+                [table[head, : n // plane.entries] for head, n in enumerate(lengths)]
+                for table, plane in zip(tables, own.planes, strict=True)
+            ],
+            lengths,
+            segment.start,
+            None if positions is None else [positions[head, :n] for head, n in enumerate(lengths)],
+        )
         self._segments = None
         self._version += 1
-        carry: list[list[Piece]] = [[] for _ in self.tail.lengths]
-        for run in self.front:
-            assert isinstance(run, SharedRun), "shared entries are the oldest but for demoted ones"
-            for head, n in enumerate(run.lengths):
-                if n:
-                    carry[head].append((*run.read(head, 0, n), run.positions_of(head, 0, n)))
-        self.front = []
-        self._keep_in(self.tail, [torch.arange(n) for n in self.tail.lengths], carry)
+        own.version = self._version
+        self.front = [own if run is shared else run for run in self.front]
 
     def truncate(self, length: int) -> None:
         """Drop entries at positions ``length`` and above."""
@@ -333,6 +340,22 @@ class Layer:
             run.close()
         self.front = []
         self._segments = None
+
+
+def _kind(run: Run | SharedRun) -> tuple[str, Tier]:
+    return run.codec.name, run.tier
+
+
+def _groups(moves: list[_Move]) -> Iterator[list[_Move]]:
+    """Split moves into groups that give whole pages, so that pages already encoded stay as they are."""
+    group: list[_Move] = []
+    for move in moves:
+        group.append(move)
+        counts = [sum(of_head) for of_head in zip(*(m.take for m in group), strict=True)]
+        if all(n % ENTRIES == 0 for n in counts):
+            yield group
+            group = []
+    assert not group, "whole pages are demoted"
 
 
 def _joined(pieces: list[Piece]) -> Piece:
