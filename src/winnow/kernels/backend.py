@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from functools import cache
+from importlib import import_module
 from types import ModuleType
 from typing import Literal
 
@@ -21,14 +22,13 @@ _log = logging.getLogger("winnow.kernels")
 def extension() -> ModuleType | None:
     """The compiled extension, or None where it was not built (said once)."""
     try:
-        from winnow import _native
+        return import_module("winnow._native")
     except ImportError:
         _log.warning(
             "native kernels were not built, running on the reference kernels; "
             "install a C++ compiler and reinstall winnow-llm to get them"
         )
         return None
-    return _native
 
 
 def isas() -> list[str]:

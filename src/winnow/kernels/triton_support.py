@@ -30,6 +30,7 @@ __all__ = [
     "config",
     "count_below",
     "entries_before",
+    "interpreted",
     "next_power_of_2",
     "on_device",
     "processors",

@@ -46,8 +46,13 @@ def quantize_keys(
             f"{into.codes.shape[0]} heads of size {into.dim}; pass [H, C, D]"
         )
     why = native.unsupported(k_HCD, into)
-    if choose("quantize_keys", backend, k_HCD.device, unsupported=why) == "native":
+    chosen = choose("quantize_keys", backend, k_HCD.device, unsupported=why)
+    if chosen == "native":
         native.quantize_keys(k_HCD, begin_H, end_H, into)
+    elif chosen == "triton":
+        from . import triton
+
+        triton.quantize_keys(k_HCD, begin_H, end_H, into)
     else:
         reference.quantize_keys(k_HCD, begin_H, end_H, into)
 
@@ -97,6 +102,11 @@ def key_scan(
         )
     if width is None:
         width = max(lengths_H.tolist())
-    if choose("key_scan", backend, q_HD.device, unsupported=native.unsupported(q_HD, keys)) == "native":
+    chosen = choose("key_scan", backend, q_HD.device, unsupported=native.unsupported(q_HD, keys))
+    if chosen == "native":
         return native.key_scan(q_HD, keys, lengths_H, reduce, width)
+    if chosen == "triton":
+        from . import triton
+
+        return triton.key_scan(q_HD, keys, lengths_H, reduce, width)
     return reference.key_scan(q_HD, keys, lengths_H, reduce, width)

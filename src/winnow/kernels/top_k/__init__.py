@@ -62,6 +62,11 @@ def top_k(
             )
     if least < 0:
         raise ValueError(f"top_k cannot select {least} entries; ask for 0 or more")
-    if choose("top_k", backend, scores_RS.device) == "native":
+    chosen = choose("top_k", backend, scores_RS.device)
+    if chosen == "native":
         return native.top_k(scores_RS, lengths_R.contiguous(), k_R.contiguous(), most)
+    if chosen == "triton":
+        from . import triton
+
+        return triton.top_k(scores_RS, lengths_R, k_R, most)
     return reference.top_k(scores_RS, lengths_R, k_R, most)
