@@ -24,7 +24,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--evaluate", action="store_true", help="evaluate weights instead of training")
     parser.add_argument("--weights", type=Path, default=path(), help="what --evaluate loads")
     parser.add_argument("--out", type=Path, help="JSON that --evaluate writes")
-    parser.add_argument("--questions", type=int, default=310, help="per cell")
+    parser.add_argument("--questions", type=int, default=320, help="per cell")
     parser.add_argument("--lengths", type=int, nargs="+", default=list(evaluate.LENGTHS))
     parser.add_argument("--cells", nargs="+", choices=[name for name, *_ in evaluate.CELLS])
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")

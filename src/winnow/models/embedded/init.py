@@ -23,6 +23,7 @@ Other heads are *local* (the last few tokens, and the sink) or rest on the sink,
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING
 
 import torch
@@ -40,9 +41,9 @@ GROUP = QUERY_HEADS // KV_HEADS
 PAIRS = HEAD // 2
 THETA = 1e10
 
-#: (layer, KV head) of the retrieval heads, and of the local heads after layer 0, all of whose are
+#: (layer, KV head) of the retrieval and of the local heads; KV heads 0 and 1 of layer 0 are offset heads
 RETRIEVAL = ((1, 0), (2, 1), (2, 3), (3, 2), (4, 0), (5, 1))
-LOCAL = ((1, 2), (3, 0), (4, 3))
+LOCAL = ((0, 2), (0, 3), (1, 2), (2, 0), (3, 0), (4, 3), (5, 2))
 
 FLAG = 1  # length of the separator flag
 BITS = 10  # length of a match code
@@ -56,12 +57,18 @@ LENGTH = 7.5**0.5  # of every embedding
 SHARED = 1.5  # of its constant part
 SHARPNESS = 22.0  # logits between a head's match and one with a token less
 RESTING = 1.5  # the sink's logit, in units of SHARPNESS
+IDLE = 16.0  # the sink's logit in a head without a task
 COPIED = 4.0  # how strongly all retrieval heads together write to OUT
 
 #: weights of the fastest rotary pairs in an offset head: nearly the largest gap between the wanted
 #: distance and any other up to 16K that a unit of logits can give (0.22; found by search)
 OFFSET_WEIGHTS = (0.470, 0.074, 0.047, 0.072, 0.069, 0.046, 0.062, 0.041, 0.023, 0.046, 0.025, 0.026)
 OFFSET_SHARPNESS = 45.0
+#: the same for a local head, which fades over the last few tokens instead
+LOCAL_WEIGHTS = (0.0, 0.02, 0.04, 0.15, 0.15, 0.15, 0.13, 0.12, 0.12, 0.12)
+LOCAL_SHARPNESS = 60.0
+#: how long the residual stream is where a layer begins, while a head retrieves
+LENGTHS = (LENGTH, 3.2, 3.4, 4.1, 4.6, 5.1)
 
 
 def config() -> LlamaConfig:
@@ -128,6 +135,16 @@ def _match(generator: torch.Generator) -> Tensor:
 class _Codes:
     content: Tensor  # [vocabulary, 64]
     match: Tensor  # [vocabulary, 11]
+    state: Tensor  # of the generator, once both are drawn
+
+
+@cache
+def _codes(seed: int) -> _Codes:
+    """The codes of a seed; kept, because pushing them apart takes seconds."""
+    generator = torch.Generator().manual_seed(seed)
+    content = _content(generator)
+    match = _match(generator)
+    return _Codes(content, match, generator.get_state())
 
 
 #: never copied: the line around a value, which the token before it already tells
@@ -158,23 +175,31 @@ def _embeddings(codes: _Codes) -> Tensor:
     return table
 
 
-def _offset(query: Tensor, key: Tensor, head: int, distance: int, sharpness: float) -> None:
-    """Let a query head look back exactly ``distance`` tokens; weights are changed in place."""
-    angles = THETA ** (-torch.arange(len(OFFSET_WEIGHTS)) / PAIRS) * distance
-    # a logit of sharpness * weight per pair from constants of normed length SHARED * 16 / LENGTH
-    constant = SHARED * HIDDEN**0.5 / LENGTH
-    gain = (sharpness * HEAD**0.5 * torch.tensor(OFFSET_WEIGHTS)).sqrt() / constant
-    pairs = torch.arange(len(OFFSET_WEIGHTS))
+def _look_back(
+    query: Tensor,
+    key: Tensor,
+    head: int,
+    distance: int,
+    weights: tuple[float, ...],
+    sharpness: float,
+    length: float,
+) -> None:
+    """Let a query head look back ``distance`` tokens; the weights of the layer are changed in place."""
+    angles = THETA ** (-torch.arange(len(weights)) / PAIRS) * distance
+    # every pair adds sharpness * weight * cos(angle of the error) to the logit
+    constant = SHARED * HIDDEN**0.5 / length
+    gain = (sharpness * HEAD**0.5 * torch.tensor(weights)).sqrt() / constant
+    pairs = torch.arange(len(weights))
     query[head * HEAD + pairs, CONSTANT] = gain * angles.cos()
     query[head * HEAD + PAIRS + pairs, CONSTANT] = -gain * angles.sin()
     key[head // GROUP * HEAD + pairs, CONSTANT] = gain
 
 
-def _sink(query: Tensor, key: Tensor, head: int, logit: float) -> None:
+def _sink(query: Tensor, key: Tensor, head: int, logit: float, length: float) -> None:
     """Let a query head rest on the first token with a logit of about ``logit``; in place."""
-    normed = HIDDEN**0.5 / LENGTH
-    at_first = (LENGTH**2 - SHARED**2) ** 0.5 * normed
-    gain = (logit * HEAD**0.5 / (SHARED * normed * 0.85 * at_first)) ** 0.5
+    constant = SHARED * HIDDEN**0.5 / length
+    at_first = (LENGTH**2 - SHARED**2) ** 0.5 * HIDDEN**0.5 / LENGTH
+    gain = (logit * HEAD**0.5 / (constant * at_first)) ** 0.5
     query[head * HEAD + HEAD - 1, CONSTANT] = gain
     key[head // GROUP * HEAD + HEAD - 1, SINK] = gain
 
@@ -185,24 +210,25 @@ def _slow_dimensions() -> Tensor:
     return torch.cat([first, first + PAIRS])
 
 
-def _retrieve(layer: dict[str, Tensor], kv_head: int, generator: torch.Generator) -> None:
+def _retrieve(layer: dict[str, Tensor], kv_head: int, length: float, generator: torch.Generator) -> None:
     """Make one KV head and its query heads match and copy; weights are changed in place."""
     slow = _slow_dimensions()
     slots = (slow[:11], slow[11:22], slow[22:32])
     asked = (MATCH, BEFORE[0], slice(BEFORE[1].start + FLAG, BEFORE[1].stop))
     told = (BEFORE[0], BEFORE[1], slice(BEFORE[2].start + FLAG, BEFORE[2].stop))
-    normed = HIDDEN**0.5 / 10.0**0.5  # of a unit in the residual stream of a token with three codes before it
-    gain = (SHARPNESS * HEAD**0.5) ** 0.5 / normed
+    # of a unit in the residual stream: where a head asks, and where a value is stated
+    asking, stating = HIDDEN**0.5 / length, HIDDEN**0.5 / LENGTHS[1]
+    gain = (SHARPNESS * HEAD**0.5 / (asking * stating)) ** 0.5
     rows = kv_head * HEAD + torch.arange(HEAD)
     for slot, part in zip(slots, told, strict=True):
         layer["k"][kv_head * HEAD + slot, part] += gain * torch.eye(len(slot))
     layer["v"][rows, CONTENT] += torch.eye(HEAD)
     for head in range(kv_head * GROUP, kv_head * GROUP + GROUP):
-        _sink(layer["q"], layer["k"], head, RESTING * SHARPNESS)
+        _sink(layer["q"], layer["k"], head, RESTING * SHARPNESS, length)
         for slot, part in zip(slots, asked, strict=True):
             emphasis = 0.9 + 0.2 * torch.rand((), generator=generator)
             layer["q"][head * HEAD + slot, part] += emphasis * gain * torch.eye(len(slot))
-        share = COPIED / (len(RETRIEVAL) * GROUP) / normed
+        share = COPIED / (len(RETRIEVAL) * GROUP) / stating
         layer["o"][OUT, head * HEAD + torch.arange(HEAD)] += share * torch.eye(HEAD)
 
 
@@ -217,8 +243,9 @@ def construct(model: LlamaForCausalLM, seed: int) -> None:
     seed : int
         Of the codes and of the small random rest of all matrices.
     """
-    generator = torch.Generator().manual_seed(seed)
-    codes = _Codes(_content(generator), _match(generator))
+    codes = _codes(seed)
+    generator = torch.Generator()
+    generator.set_state(codes.state)
     model.model.embed_tokens.weight.copy_(_embeddings(codes))
     model.lm_head.weight.zero_()
     model.lm_head.weight[:, OUT] = 2.0 * codes.content
@@ -243,14 +270,17 @@ def construct(model: LlamaForCausalLM, seed: int) -> None:
             (mlp.down_proj.weight, 0.02 / (2 * LAYERS) ** 0.5),
         ):
             weight.copy_(scale * torch.randn(weight.shape, generator=generator))
+        length = LENGTHS[number]
         for head in range(QUERY_HEADS):
-            kv_head = head // GROUP
+            role = (number, head // GROUP)
             if number == 0 and head < 4:
-                _offset(layer["q"], layer["k"], head, head + 1, OFFSET_SHARPNESS)
-            elif number == 0 or (number, kv_head) in LOCAL:
-                _offset(layer["q"], layer["k"], head, 1 + head % GROUP * 2, OFFSET_SHARPNESS / 8)
-            if number > 0 and (number, kv_head) not in RETRIEVAL:
-                _sink(layer["q"], layer["k"], head, 9.0)
+                _look_back(layer["q"], layer["k"], head, head + 1, OFFSET_WEIGHTS, OFFSET_SHARPNESS, length)
+            elif role in LOCAL:
+                _look_back(layer["q"], layer["k"], head, 2, LOCAL_WEIGHTS, LOCAL_SHARPNESS, length)
+            if role in LOCAL and number > 0:
+                _sink(layer["q"], layer["k"], head, LOCAL_SHARPNESS, length)
+            elif number > 0 and role not in RETRIEVAL:
+                _sink(layer["q"], layer["k"], head, IDLE, length)
         if number == 0:
             eye = torch.eye(FLAG + BITS)
             for kv_head in (0, 1):
@@ -259,4 +289,4 @@ def construct(model: LlamaForCausalLM, seed: int) -> None:
                 layer["o"][part, head * HEAD + torch.arange(FLAG + BITS)] += eye * LENGTH / HIDDEN**0.5
         for retrieval_layer, kv_head in RETRIEVAL:
             if retrieval_layer == number:
-                _retrieve(layer, kv_head, generator)
+                _retrieve(layer, kv_head, length, generator)
