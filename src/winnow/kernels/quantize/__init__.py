@@ -63,9 +63,16 @@ def quantize(
     if x.dim() < 2 or not x.is_floating_point():
         raise ValueError(f"quantize takes floating values [..., n, D], got {x.dtype} {list(x.shape)}")
     check_form(x.shape[-2], x.shape[-1], bits, axis, group)
-    chosen = _choose("quantize", backend, x, native.quantize_unsupported(x))
-    run = native.quantize if chosen == "native" else reference.quantize
-    return run(x, bits, axis, group, symmetric)
+    if backend == "auto" and x.is_cuda and axis == "token" and group * bits % 8:
+        backend = "reference"  # the Triton kernel writes whole bytes
+    chosen = choose("quantize", backend, x.device, unsupported=native.quantize_unsupported(x))
+    if chosen == "native":
+        return native.quantize(x, bits, axis, group, symmetric)
+    if chosen == "triton":
+        from . import triton
+
+        return triton.quantize(x, bits, axis, group, symmetric)
+    return reference.quantize(x, bits, axis, group, symmetric)
 
 
 def dequantize(
@@ -97,17 +104,16 @@ def dequantize(
         if out.shape != shape:
             raise ValueError(f"out has shape {list(out.shape)}, the values are {list(shape)}")
         dtype = out.dtype
-    if _choose("dequantize", backend, q.codes, native.dequantize_unsupported(q, dtype, out)) == "native":
-        out = torch.empty(shape, dtype=dtype) if out is None else out
+    why = native.dequantize_unsupported(q, dtype, out)
+    chosen = choose("dequantize", backend, q.codes.device, unsupported=why)
+    if chosen == "reference":
+        values = reference.dequantize(q, dtype)
+        return values if out is None else out.copy_(values)
+    out = torch.empty(shape, dtype=dtype, device=q.codes.device) if out is None else out
+    if chosen == "native":
         native.dequantize(q, out)
-        return out
-    values = reference.dequantize(q, dtype)
-    return values if out is None else out.copy_(values)
+    else:
+        from . import triton
 
-
-def _choose(op: str, backend: Backend, x: Tensor, unsupported: str) -> Backend:
-    if backend == "triton":
-        raise ValueError(f"{op} has no Triton kernel; use backend='auto' or 'reference'")
-    if x.is_cuda and backend == "auto":
-        backend = "reference"  # plain PyTorch operations, which run there
-    return choose(op, backend, x.device, unsupported=unsupported)
+        triton.dequantize(q, out)
+    return out
