@@ -35,6 +35,7 @@ from winnow.generation.a_shape import AShape
 from winnow.generation.anchor import Anchor
 from winnow.generation.protocol import Generation
 from winnow.loading.protocol import Selector
+from winnow.loading.sketch import Sketch
 from winnow.loading.tidal import Tidal
 from winnow.retrieval.protocol import PoolPart
 from winnow.retrieval.radix import Radix
@@ -54,7 +55,7 @@ PARTS: dict[Slot, dict[str, type]] = {
     "budget": {"uniform": Uniform, "everything": Everything},
     "action": {"drop": Drop, "demote": Demote},
     "retrieval": {"radix": Radix},
-    "loading": {"tidal": Tidal},
+    "loading": {"tidal": Tidal, "sketch": Sketch},
 }
 """Every part that YAML can name, by slot."""
 

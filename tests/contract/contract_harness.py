@@ -28,6 +28,7 @@ from winnow.generation.anchor import Anchor
 from winnow.generation.protocol import PrefillLayer
 from winnow.kernels.merge import merge
 from winnow.kernels.prefill import prefill
+from winnow.loading.sketch import Sketch
 from winnow.loading.tidal import Tidal
 from winnow.recipe import PARTS
 from winnow.retrieval.radix import Radix
@@ -80,6 +81,7 @@ SAMPLES: dict[type, Sample] = {
     Drop: Sample(Drop(), Drop()),
     Demote: Sample(Demote(codec="raw", recent=3), Demote(codec="raw", recent=10_000)),
     Radix: Sample(Radix(page=4, capacity_bytes=1 << 20), Radix(page=1)),
+    Sketch: Sample(Sketch(keep=7, recent=2, sinks=1, every=2), Sketch(keep=10_000)),
     Tidal: Sample(Tidal(keep=7, dense_layers=1), Tidal(keep=10_000, dense_layers=1)),
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Literal, get_args, get_origin, get_type_hints
 
 import pytest
 from contract_harness import SAMPLES, everywhere, names, walk
@@ -63,9 +64,14 @@ def test_every_parameter_is_documented(part):
 def test_every_parameter_changes_the_fingerprint(part):
     slot, tight = walk()[part], SAMPLES[part].tight
     base = recipe_with(tight, slot).fingerprint()
+    hints = get_type_hints(part)
     for field in dataclasses.fields(part):
         value = getattr(tight, field.name)
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
+        if get_origin(hints[field.name]) is Literal:
+            changed = next(one for one in get_args(hints[field.name]) if one != value)
+        elif isinstance(value, (int, float)) and not isinstance(value, bool):
+            changed = value + 2
+        else:
             continue
-        other = dataclasses.replace(tight, **{field.name: value + 2})
+        other = dataclasses.replace(tight, **{field.name: changed})
         assert recipe_with(other, slot).fingerprint() != base, field.name

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from winnow._check import integer
-from winnow.loading.lists import compact, locate, positions_of
+from winnow.loading.lists import Carried, choose
 from winnow.loading.protocol import DecodeLayer
-from winnow.types import EVERYTHING, Needs, Selection, View
+from winnow.types import EVERYTHING, Needs, View
 
 __all__ = ["Tidal"]
 
@@ -24,17 +24,12 @@ class TidalState:
     ----------
     due : bool
         The next layer without a sliding window selects.
-    chosen : Tensor or None
-        ``[H, N]`` int32 positions of the last selection, ascending, padded at the end with the
-        largest int32; None before the first selecting layer of a step.
-    cache : tuple or None
-        Layout of the selecting layer and its selections, reused as they are by layers of the
-        same layout.
+    chosen : Carried
+        The last selection of this step.
     """
 
     due: bool = False
-    chosen: Tensor | None = None
-    cache: tuple[object, tuple[Selection, ...]] | None = None
+    chosen: Carried = field(default_factory=Carried)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,49 +118,26 @@ class Tidal:
         """Everything, everything with logits, or the chosen positions."""
         if ctx.layer == 0:
             self.check(ctx.layers)
-            state.due, state.chosen, state.cache = False, None, None
+            state.due = False
+            state.chosen.clear()
         if ctx.layer in (self.select_layers or self._default(ctx.layers)):
             state.due = True
         if ctx.spec.window is not None or ctx.layer < self.dense_layers:
             return EVERYTHING
         if state.due:
             return View(want_logits=True)
-        if state.chosen is None:
-            return EVERYTHING
-        layout = _layout(ctx)
-        if state.cache is not None and layout is not None and layout == state.cache[0]:
-            return View(selections=state.cache[1])
-        return View(selections=tuple(locate(segment, state.chosen) for segment in ctx.segments))
+        return View(selections=state.chosen.read(ctx.segments)) if state.chosen else EVERYTHING
 
     def observe(self, ctx: DecodeLayer, logits: Sequence[Tensor], state: TidalState) -> None:
         """Choose the positions for the layers below from this layer's logits."""
         state.due = False
-        H = ctx.segments[0].heads
-        widths = [one.shape[1] for one in logits]
+        H, widths = ctx.segments[0].heads, [one.shape[1] for one in logits]
         best_HS = torch.cat([one.view(H, -1, one.shape[1]).amax(1) for one in logits], 1)
         # The entry of the current token is the last of the last segment.
         own_H = ctx.segments[-1].lengths.to(best_HS.device).long() - 1 + sum(widths[:-1])
         best_HS.scatter_(1, own_H[:, None], torch.inf)
-        top = best_HS.topk(min(self.keep, best_HS.shape[1]), dim=1, sorted=False)
-        read_HN = top.values > -torch.inf
-        chosen, selections, first = [], [], 0
-        for segment, width in zip(ctx.segments, widths, strict=True):
-            inside_HN = read_HN & (top.indices >= first) & (top.indices < first + width)
-            selection = compact(top.indices - first, inside_HN)
-            selections.append(selection)
-            chosen.append(positions_of(segment, selection))
-            first += width
-        state.chosen = torch.cat(chosen, 1).sort(1).values
-        layout = _layout(ctx)
-        state.cache = None if layout is None else (layout, tuple(selections))
+        state.chosen.put(ctx.segments, choose(best_HS, widths, self.keep, backend=ctx.backend))
 
     def state_bytes(self, state: TidalState) -> int:
         """Nothing outlives a step but the last choice, which is not worth counting: 0."""
         return 0
-
-
-def _layout(ctx: DecodeLayer) -> object | None:
-    """What decides which position an entry number means; None where it differs by entry."""
-    if any(segment.positions is not None for segment in ctx.segments):
-        return None
-    return tuple((segment.start, tuple(segment.lengths.tolist())) for segment in ctx.segments)

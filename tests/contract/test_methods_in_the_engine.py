@@ -1,0 +1,208 @@
+"""What every method owes once it runs: the contract through `winnow.load`, on a small random model."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import winnow
+from winnow.methods import METHODS, load, packaged
+from winnow.recipe import Recipe
+
+LAYERS, KV_HEADS, SIZE, VOCABULARY = 5, 2, 16, 128
+ENTRY = 2 * SIZE * 4  # bytes of an entry in float32
+
+
+# Parameters that bite on a prompt of a few hundred tokens, and the limit at which nothing changes.
+TIGHT: dict[str, dict[str, Any]] = {
+    "a-shape": {"init": 4, "local": 40},
+    "anchor-attention": {"theta": 0.2, "block": 8, "step": 4, "init": 4},
+    "snapkv": {"keep": 40, "window": 8},
+    "prefix-reuse": {"page": 16},
+    "tidal-decode": {"keep": 24},
+}
+LIMIT: dict[str, dict[str, Any]] = {
+    "a-shape": {"init": 0, "local": 10_000},
+    "anchor-attention": {"theta": math.inf, "block": 8, "step": 4, "init": 4},
+    "snapkv": {"keep": 10_000, "window": 8},
+    "prefix-reuse": {"page": 16},
+    "tidal-decode": {"keep": 10_000},
+}
+EVERY = pytest.mark.parametrize("name", [*METHODS, "all four"])
+
+
+def recipe(name: str, table: dict[str, dict[str, Any]] = TIGHT) -> Recipe:
+    if name != "all four":
+        return load(name, **table[name])
+    out = Recipe()
+    for one in ("anchor-attention", "snapkv", "prefix-reuse", "tidal-decode"):
+        out = out | recipe(one, table)
+    return out
+
+
+def llama(query_heads: int) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=query_heads,
+        num_key_value_heads=KV_HEADS,
+        head_dim=SIZE,
+        max_position_embeddings=4096,
+        initializer_range=0.2,  # attention that depends on its content
+        eos_token_id=None,
+        bos_token_id=None,
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+@pytest.fixture(scope="module")
+def model() -> LlamaForCausalLM:
+    return llama(4)
+
+
+@pytest.fixture(scope="module", params=[4, 2], ids=["gqa", "mha"])
+def any_model(request) -> LlamaForCausalLM:
+    return llama(request.param)
+
+
+def prompt(length: int, seed: int = 0) -> list[int]:
+    make = torch.Generator().manual_seed(seed)
+    return torch.randint(VOCABULARY, (length,), generator=make).tolist()
+
+
+def answer(llm, prompts, **options):
+    """Results, and the likeliest tokens' log-probabilities of every generated token."""
+    options = {"max_new_tokens": 6, "ignore_eos": True, "logprobs": 5} | options
+    return llm.generate(prompts, **options)
+
+
+def alike(a, b, atol: float = 5e-4) -> None:
+    assert a.token_ids == b.token_ids
+    for x, y in zip(a.samples[0].logprobs, b.samples[0].logprobs, strict=True):
+        assert x["logprob"] == pytest.approx(y["logprob"], abs=atol)
+
+
+def test_the_tables_cover_every_method():
+    assert set(TIGHT) == set(LIMIT) == set(METHODS)
+
+
+@EVERY
+@pytest.mark.parametrize("length", [1, 63, 1000])
+def test_at_its_limit_equals_full_attention(any_model, name, length):
+    given = prompt(length)
+    full = answer(winnow.load(any_model), given)
+    alike(answer(winnow.load(any_model, recipe=recipe(name, LIMIT)), given), full)
+
+
+@EVERY
+def test_sequences_in_a_batch_do_not_influence_each_other(model, name):
+    prompts = [prompt(200, 1), prompt(63, 2), prompt(1, 3), prompt(131, 4)]
+    together = answer(winnow.load(model, recipe=recipe(name)), prompts)
+    for given, result in zip(prompts, together, strict=True):
+        alike(result, answer(winnow.load(model, recipe=recipe(name)), given))
+
+
+@EVERY
+def test_state_of_one_sequence_never_leaks_into_the_next(model, name):
+    used, fresh = (winnow.load(model, recipe=recipe(name)) for _ in range(2))
+    for seed in range(3):
+        answer(used, prompt(150, seed + 10))
+    alike(answer(used, prompt(120)), answer(fresh, prompt(120)))
+
+
+@EVERY
+def test_chunked_prefill_equals_whole_prefill(model, name):
+    given = prompt(333)
+    whole = answer(winnow.load(model, recipe=recipe(name)), given)
+    chunked = answer(winnow.load(model, recipe=recipe(name), max_num_batched_tokens=64), given)
+    alike(chunked, whole)
+    assert chunked.stats.score_entries == whole.stats.score_entries
+
+
+@EVERY
+def test_cached_equals_uncached(model, name):
+    """A second request that begins like the first reuses it and answers as if it had not."""
+    part = recipe(name)
+    if part.retrieval is None:
+        part = part | recipe("prefix-reuse")
+    first, second = prompt(256), prompt(256) + prompt(50, 9)
+    llm = winnow.load(model, recipe=part)
+    answer(llm, first)
+    reused = answer(llm, second)
+    assert reused.stats.tokens_reused >= 192
+    assert reused.stats.tokens_reused + reused.stats.tokens_computed == len(second)
+    alike(reused, answer(winnow.load(model, recipe=part), second))
+
+
+@EVERY
+def test_several_turns_in_a_session(model, name):
+    llm = winnow.load(model, recipe=recipe(name))
+    with llm.session() as session:
+        results = [
+            session.generate(prompt(n, n), max_new_tokens=4, ignore_eos=True) for n in (200, 30, 1, 70)
+        ]
+        stored = sum(session.bytes_stored().values())
+    assert [len(r.token_ids) for r in results] == [4] * 4
+    assert stored > 0
+    # A turn computes what it adds and the last token of the answer before it, nothing else.
+    assert [r.stats.tokens_computed for r in results[1:]] == [31, 2, 71]
+
+
+@EVERY
+def test_same_seed_same_answer(model, name):
+    options = {"temperature": 0.8, "seed": 4, "max_new_tokens": 8}
+    a, b = (answer(winnow.load(model, recipe=recipe(name)), prompt(100), **options) for _ in range(2))
+    assert a.token_ids == b.token_ids
+
+
+@pytest.mark.parametrize("name", packaged())
+def test_packaged_recipes_run(model, name):
+    result = answer(winnow.load(model, recipe=name), prompt(300))
+    assert len(result.token_ids) == 6
+
+
+# ------------------------------------------------------------- savings, counted apart from the engine
+
+
+def test_generation_computes_what_its_rule_says(model):
+    result = answer(winnow.load(model, recipe=recipe("a-shape")), prompt(200))
+    i, j = torch.arange(200)[:, None], torch.arange(200)[None]
+    visible = int(((j <= i) & ((j < 4) | (i - j < 40))).sum())
+    assert result.stats.score_entries == visible * LAYERS * model.config.num_attention_heads
+
+
+def test_anchor_attention_computes_less(model):
+    sparse = answer(winnow.load(model, recipe=recipe("anchor-attention")), prompt(600)).stats
+    full = answer(winnow.load(model), prompt(600)).stats
+    assert sparse.score_entries < 0.8 * full.score_entries
+
+
+def test_compression_reads_and_stores_what_it_keeps(model):
+    stats = answer(winnow.load(model, recipe=recipe("snapkv")), prompt(500)).stats
+    heads = LAYERS * KV_HEADS
+    assert (stats.entries_before, stats.entries_after) == (500 * heads, 40 * heads)
+    # Five decode steps after the first token, each reading what was kept and what was appended.
+    assert sum(stats.bytes_read.values()) == sum(40 + n for n in range(1, 6)) * heads * ENTRY
+    full = answer(winnow.load(model), prompt(500)).stats
+    assert sum(stats.bytes_stored.values()) < 0.25 * sum(full.bytes_stored.values())
+
+
+def test_loading_reads_what_it_selects(model):
+    stats = answer(winnow.load(model, recipe=recipe("tidal-decode")), prompt(500)).stats
+    # Layers 0, 1 and the selecting layer 2 read everything; 3 and 4 read 24 entries per KV head.
+    steps = sum(3 * (500 + n) + 2 * 24 for n in range(1, 6))
+    assert sum(stats.bytes_read.values()) == steps * KV_HEADS * ENTRY
+
+
+def test_reuse_computes_only_the_rest(model):
+    llm = winnow.load(model, recipe=recipe("prefix-reuse"))
+    answer(llm, prompt(256))
+    stats = answer(llm, [*prompt(256), 1, 2, 3]).stats
+    assert (stats.tokens_reused, stats.tokens_computed) == (256, 3)
