@@ -227,8 +227,9 @@ class TextSession:
 class ChatSession:
     """A conversation that computes only what each message adds.
 
-    The chat template is applied to the whole conversation; where its tokens continue those of
-    the session, only the rest is computed, otherwise the conversation is computed afresh.
+    The chat template is applied to the whole conversation. What its tokens share with those of
+    the session is not computed again; the session is rewound to there (a template may write an
+    answer otherwise than the model did), or starts afresh where a compression forbids that.
     """
 
     def __init__(self, llm: LLM) -> None:
@@ -240,11 +241,14 @@ class ChatSession:
         """Send a user message and stream the answer, which joins the conversation at its end."""
         messages = [*self._messages, {"role": "user", "content": content}]
         ids, seen = self._llm._text().chat(messages), self._session.tokens
-        if seen and ids[: len(seen)] == seen and len(ids) > len(seen):
-            ids = ids[len(seen) :]
-        elif seen:
+        differ = (i for i, (a, b) in enumerate(zip(ids, seen, strict=False)) if a != b)
+        common = min(next(differ, len(seen)), len(seen), len(ids) - 1)
+        try:
+            self._session.rewind(common)
+        except ValueError:
             self._session.close()
-            self._session = Session(self._llm.engine)
+            self._session, common = Session(self._llm.engine), 0
+        ids = ids[common:]
         text = ""
         for event in self._session.stream(ids, sampling(options), progress):
             text = event.sample.text

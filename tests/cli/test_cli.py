@@ -57,10 +57,12 @@ def test_run_with_file_and_json_reports_what_it_cost(winnow, question, tmp_path)
     assert documents.score(document.turns[0], report["samples"][0]["text"])
 
 
-def test_chat_keeps_the_conversation(winnow, question):
+def test_chat_about_a_file_keeps_the_conversation(winnow, question, tmp_path):
     document, _ = question
-    lines = [f"{document.turns[i].question}" for i in (0, 1)]
-    code, out, _ = winnow("chat", "embedded", "-n", "12", "--json", stdin="\n".join(lines))
+    path = tmp_path / "document.txt"
+    path.write_text(document.text, encoding="utf-8")
+    lines = [turn.question for turn in document.turns]
+    code, out, _ = winnow("chat", "embedded", "-f", str(path), "-n", "12", "--json", stdin="\n".join(lines))
     assert code == 0
     decoder, answers, at = json.JSONDecoder(), [], 0
     while at < len(out.rstrip()):
@@ -68,7 +70,11 @@ def test_chat_keeps_the_conversation(winnow, question):
         answers.append(value)
         at += 1
     assert [a["message"] for a in answers] == lines
-    assert answers[1]["stats"]["tokens_reused"] > 0
+    for turn, answer in zip(document.turns, answers, strict=True):
+        assert documents.score(turn, answer["samples"][0]["text"])
+    # The document is read once: the second turn computes its own line, and little more.
+    assert answers[1]["stats"]["tokens_reused"] > 500
+    assert answers[1]["stats"]["tokens_computed"] < 30
 
 
 def test_methods_table_and_json(winnow):

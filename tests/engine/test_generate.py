@@ -68,6 +68,27 @@ def test_forks_share_a_context_and_do_not_see_each_other(llm, oracle):
         assert again.token_ids == oracle([*context, *start.token_ids, *questions[0]], 5)
 
 
+def test_rewound_session_continues_as_if_nothing_had_come_after(llm, oracle):
+    first, second = prompt(40, 1), prompt(20, 2)
+    with llm.session() as session:
+        session.generate(first, max_new_tokens=4)
+        session._session.rewind(30)
+        assert session.tokens == first[:30]
+        two = session.generate(second, max_new_tokens=4)
+    assert two.token_ids == oracle([*first[:30], *second], 4)
+    assert two.stats.tokens_reused == 30
+
+
+def test_session_does_not_rewind_into_what_was_compressed(module):
+    llm = winnow.load(module, recipe=recipe_named("snapkv", keep=40))
+    with llm.session() as session:
+        session.generate(prompt(100, 1), max_new_tokens=4)
+        with pytest.raises(ValueError, match="new session"):
+            session._session.rewind(60)
+        session._session.rewind(101)
+        assert len(session.tokens) == 101
+
+
 def test_streaming_gives_the_same_tokens(llm):
     ids = prompt(20)
     events = list(llm.stream(ids, max_new_tokens=7))

@@ -48,7 +48,7 @@ def compress(sequence: Sequence, specs: tuple[AttentionSpec, ...], stats: Stats)
     with uninterrupted():
         for layer, plan in plans.items():
             store.apply(layer, plan)
-    sequence.pure = 0
+    sequence.pure, sequence.compressed = 0, store.length
     stats.entries_after += _entries(sequence)
 
 

@@ -48,6 +48,8 @@ class Sequence:
         ends it.
     turns : int
         Prefills that have ended.
+    compressed : int
+        Length when entries were last dropped or changed; 0 where they never were.
     salt : str
         Sequences of different salts share nothing through a pool.
     """
@@ -58,6 +60,7 @@ class Sequence:
         self.tokens: list[int] = []
         self.pure = 0
         self.turns = 0
+        self.compressed = 0
         self.salt = ""
         self.generation_state: Any = recipe.generation.state() if recipe.generation else None
         self.loading_state: Any = recipe.loading.state() if recipe.loading else None
@@ -78,7 +81,7 @@ class Sequence:
         layers = [parent.store.segments(layer) for layer in range(parent.store.layers)]
         self.store.adopt(layers, parent.store.length)
         self.tokens = list(parent.tokens)
-        self.pure, self.turns = parent.pure, parent.turns
+        self.pure, self.turns, self.compressed = parent.pure, parent.turns, parent.compressed
         self._borrowed.append(holder.take().drop)
 
     # ------------------------------------------------------------------ observations

@@ -64,6 +64,25 @@ class Session:
         child.share(Holder(lambda: None), self._sequence)
         return Session(self._engine, child)
 
+    def rewind(self, tokens: int) -> None:
+        """Forget everything after the first ``tokens`` tokens.
+
+        Raises
+        ------
+        ValueError
+            If a compression acted on more than those: what it dropped cannot come back.
+        """
+        self._check_open()
+        sequence = self._sequence
+        if not 0 <= tokens <= len(sequence.tokens):
+            raise ValueError(f"this session has {len(sequence.tokens)} tokens, it cannot rewind to {tokens}")
+        if tokens < sequence.compressed:
+            raise ValueError(
+                f"entries were compressed at {sequence.compressed} tokens, so the first {tokens} are not "
+                "whole any more; start a new session"
+            )
+        sequence.rollback(tokens, min(tokens, sequence.store.length), sequence.turns)
+
     def bytes_stored(self) -> dict[str, int]:
         """Measured KV bytes held now, by ``tier/codec``."""
         return self._sequence.bytes_stored()
@@ -88,6 +107,7 @@ class Session:
             "tokens": sequence.tokens,
             "turns": sequence.turns,
             "pure": sequence.pure,
+            "compressed": sequence.compressed,
         }
         files.save(sequence.store, Path(path), header)
 
@@ -105,6 +125,7 @@ class Session:
         sequence = Sequence(engine.recipe, store)
         sequence.tokens = list(header["tokens"])
         sequence.turns, sequence.pure = int(header["turns"]), int(header["pure"])
+        sequence.compressed = int(header["compressed"])
         return cls(engine, sequence)
 
     # ------------------------------------------------------------------ end
