@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
 import torch
 
-from winnow.models.embedded import documents, evaluate, path
+from winnow.models.embedded import documents, evaluate, heads, path
 from winnow.models.embedded.train import SCHEDULE, Run
 
 
@@ -23,7 +22,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--export", type=Path, help="write the weights here at the end")
     parser.add_argument("--evaluate", action="store_true", help="evaluate weights instead of training")
     parser.add_argument("--weights", type=Path, default=path(), help="what --evaluate loads")
-    parser.add_argument("--out", type=Path, help="JSON that --evaluate writes")
+    parser.add_argument(
+        "--out", type=Path, help="JSON that --evaluate writes, and goes on with if it is stopped"
+    )
+    parser.add_argument("--figure", type=Path, help="picture of the heads that --evaluate draws")
     parser.add_argument("--questions", type=int, default=320, help="per cell")
     parser.add_argument("--lengths", type=int, nargs="+", default=list(evaluate.LENGTHS))
     parser.add_argument("--cells", nargs="+", choices=[name for name, *_ in evaluate.CELLS])
@@ -38,10 +40,10 @@ def main(arguments: list[str] | None = None) -> int:
                 questions=given.questions,
                 device=given.device,
                 dtype=given.dtype,
+                out=given.out,
             )
-            if given.out:
-                given.out.parent.mkdir(parents=True, exist_ok=True)
-                given.out.write_text(json.dumps(report, indent=2) + "\n")
+            if given.figure:
+                heads.draw(report["heads"], given.figure)
             return 0
         run = Run(given.run, SCHEDULE, given.device)
         print(

@@ -7,6 +7,7 @@ whose history holds the model's own answers.
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 import platform
 import subprocess
@@ -19,12 +20,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from winnow.models.embedded import documents
+from winnow.models.embedded import documents, heads
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
 
-__all__ = ["CELLS", "LENGTHS", "Cell", "Result", "cells", "evaluate", "measure", "report"]
+__all__ = ["CELLS", "LENGTHS", "Cell", "Result", "cells", "measure", "report"]
 
 LENGTHS = (1024, 2048, 4096, 8192)
 #: seeds of evaluation documents start here, inside `documents.HELD_OUT`
@@ -199,39 +200,36 @@ def measure(
     )
 
 
-def evaluate(
-    model: LlamaForCausalLM,
-    tokenizer: PreTrainedTokenizerBase,
+def report(
+    weights: Path,
     wanted: Iterable[Cell],
     *,
     questions: int = 320,
-    turns: int = 20,
-) -> list[Result]:
-    """All cells, one printed line each."""
-    results = []
-    for cell in wanted:
-        result = measure(model, tokenizer, cell, questions=questions, turns=turns)
-        low, high = result.interval
-        print(
-            f"{cell.name:22} {cell.tokens:5}  {result.right:4}/{result.questions}"
-            f"  {100 * result.accuracy:5.1f} %  [{100 * low:.1f}, {100 * high:.1f}]"
-            f"  floor {100 * cell.floor:.0f}"
-            f"  {'reached' if result.accuracy >= cell.floor else 'MISSED'}  {result.seconds:.0f} s",
-            flush=True,
-        )
-        results.append(result)
-    return results
-
-
-def report(
-    weights: Path, wanted: Iterable[Cell], *, questions: int, device: str = "cpu", dtype: str = "bfloat16"
+    device: str = "cpu",
+    dtype: str = "bfloat16",
+    out: Path | None = None,
 ) -> dict[str, Any]:
-    """Evaluate a directory of weights; what `evaluate` found, and where and with what it ran."""
+    """Evaluate a directory of weights; what was found, and where and with what it ran.
+
+    Parameters
+    ----------
+    weights : Path
+        As written by the training command.
+    wanted : iterable of Cell
+        In the order in which they are measured; each prints a line.
+    questions : int
+        At least so many per cell.
+    device, dtype : str
+        Where and in which precision the model runs.
+    out : Path, optional
+        JSON that is written after every cell.  Cells that it already holds for the same weights,
+        seeds and precision are kept and not measured again, so that a long evaluation can be stopped.
+    """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     model = AutoModelForCausalLM.from_pretrained(weights, dtype=getattr(torch, dtype)).to(device).eval()
-    results = evaluate(model, AutoTokenizer.from_pretrained(weights), wanted, questions=questions)
-    return {
+    tokenizer = AutoTokenizer.from_pretrained(weights)
+    told: dict[str, Any] = {
         "what": "exact match of greedy free generation with full attention, in turns, on held-out seeds",
         "weights_sha256": hashlib.sha256((weights / "model.safetensors").read_bytes()).hexdigest(),
         "first_seed": FIRST_SEED,
@@ -241,8 +239,38 @@ def report(
         "python": platform.python_version(),
         "machine": platform.machine(),
         "commit": _commit(),
-        "cells": [result.record() for result in results],
+        "heads": heads.profile(model, tokenizer),
+        "cells": [],
     }
+    known: list[dict[str, Any]] = []
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    if out is not None and out.exists():
+        earlier = json.loads(out.read_text())
+        if all(earlier[key] == told[key] for key in ("weights_sha256", "first_seed", "dtype")):
+            known = earlier["cells"]
+    for cell in wanted:
+        same = [record for record in known if asdict(cell).items() <= record.items()]
+        enough = [record for record in same if record["questions"] >= questions]
+        if enough:
+            told["cells"].append(enough[0])
+            known.remove(enough[0])
+            continue
+        result = measure(model, tokenizer, cell, questions=questions)
+        low, high = result.interval
+        print(
+            f"{cell.name:22} {cell.tokens:5}  {result.right:4}/{result.questions}"
+            f"  {100 * result.accuracy:5.1f} %  [{100 * low:.1f}, {100 * high:.1f}]"
+            f"  floor {100 * cell.floor:.0f}"
+            f"  {'reached' if result.accuracy >= cell.floor else 'MISSED'}  {result.seconds:.0f} s",
+            flush=True,
+        )
+        told["cells"].append(result.record())
+        if out is not None:
+            out.write_text(json.dumps({**told, "cells": told["cells"] + known}, indent=2) + "\n")
+    if out is not None:
+        out.write_text(json.dumps(told, indent=2) + "\n")
+    return told
 
 
 def _commit() -> str | None:
