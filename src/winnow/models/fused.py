@@ -7,7 +7,7 @@ by its logits: the runner is admitted only while they equal the general runner's
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -93,7 +93,7 @@ class FusedModel:
         self.general = general
         self._frequencies, self._factor = frequencies(base.rotary_emb, general.head_dim)
         self._eps = float(base.norm.variance_epsilon)
-        with torch.no_grad():
+        with torch.inference_mode(False), torch.no_grad():
             self._layers = [
                 _fuse(layer, spec) for layer, spec in zip(base.layers, general.specs, strict=True)
             ]
@@ -216,7 +216,7 @@ def _fuse(layer: Any, spec: AttentionSpec) -> _Layer:
         mlp_norm=layer.post_attention_layernorm.weight.detach(),
         gate_up=_join((mlp.gate_proj, mlp.up_proj)),
         down=_linear(mlp.down_proj),
-        spec=replace(spec, sinks=None),
+        spec=spec,
     )
 
 
