@@ -37,7 +37,11 @@ def fingerprint(model: PreTrainedModel, name: str) -> str:
         if (key := (weight.data_ptr(), weight.shape)) in seen:
             continue  # tied
         seen.add(key)
-        if weight.is_floating_point() and weight.numel() and not all(bool(x.isfinite()) for x in weight.aminmax()):
+        if (
+            weight.is_floating_point()
+            and weight.numel()
+            and not all(bool(x.isfinite()) for x in weight.aminmax())
+        ):
             raise ValueError(
                 f"{name}: weight {weight_name} contains NaN or infinity; download or convert the model again"
             )
