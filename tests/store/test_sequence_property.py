@@ -15,6 +15,7 @@ from torch import Tensor
 from winnow.store import SequenceStore, files
 from winnow.store.arena import DiskArena, HostArena
 from winnow.store.codecs import CODECS, ENTRIES, Plane
+from winnow.store.run import Shape
 from winnow.types import Plan, Segment
 
 LAYERS, D, CAPACITY = 2, 4, 1024
@@ -221,7 +222,22 @@ class AgainstLists(RuleBasedStateMachine):
         del CODECS["mirror"]
 
 
+class OnADevice(AgainstLists):
+    """The same on arenas that double, as on a GPU (here their tensors lie in host memory)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patch = pytest.MonkeyPatch()
+        self.patch.setattr(Shape, "tier", "device")
+
+    def teardown(self) -> None:
+        super().teardown()
+        self.patch.undo()
+
+
 TestAgainstLists = AgainstLists.TestCase
 TestAgainstLists.settings = settings(
     max_examples=60, stateful_step_count=15, deadline=None, suppress_health_check=[HealthCheck.too_slow]
 )
+TestOnADevice = OnADevice.TestCase
+TestOnADevice.settings = settings(TestAgainstLists.settings, max_examples=25)
