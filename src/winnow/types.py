@@ -23,11 +23,11 @@ import torch
 from torch import Tensor
 
 __all__ = [
+    "EVERYTHING",
     "Attend",
     "AttentionSpec",
     "Blocks",
     "Budget",
-    "EVERYTHING",
     "Dense",
     "Form",
     "LanguageModel",
