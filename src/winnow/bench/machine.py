@@ -16,7 +16,7 @@ from torch import Tensor
 
 from winnow.kernels.backend import extension, isas
 
-__all__ = ["describe", "matrix_rate", "read_seconds", "slug"]
+__all__ = ["describe", "matrix_seconds", "read_seconds", "slug"]
 
 
 def _cpu() -> dict[str, str]:
@@ -85,12 +85,11 @@ def slug(machine: dict[str, Any]) -> str:
     return re.sub(r"[^a-z0-9]+", "-", " ".join(words).lower()).strip("-")
 
 
-def matrix_rate(size: int) -> float:
-    """Floating-point operations per second of one bfloat16 ``size^3`` product by PyTorch."""
-    a = torch.ones(size, size, dtype=torch.bfloat16)
+def matrix_seconds(a: Tensor, b: Tensor) -> float:
+    """Seconds of one matrix product by PyTorch."""
     start = time.perf_counter()
-    torch.matmul(a, a)
-    return 2 * size**3 / (time.perf_counter() - start)
+    torch.matmul(a, b)
+    return time.perf_counter() - start
 
 
 def read_seconds(*tensors: Tensor) -> float:
