@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 
@@ -10,6 +11,12 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import winnow
+from winnow.compression.actions.demote import Demote
+from winnow.compression.budgets.everything import Everything
+from winnow.compression.protocol import Compress
+from winnow.compression.scorers.recency import Recency
+from winnow.loading.sketch import Sketch
+from winnow.loading.tidal import Tidal
 from winnow.methods import METHODS, load, packaged
 from winnow.recipe import Recipe
 
@@ -206,3 +213,79 @@ def test_reuse_computes_only_the_rest(model):
     answer(llm, prompt(256))
     stats = answer(llm, [*prompt(256), 1, 2, 3]).stats
     assert (stats.tokens_reused, stats.tokens_computed) == (256, 3)
+
+
+# ------------------------------------------------------------------------------ parts without a method
+
+
+def demoting(codec: str, **options: Any) -> Recipe:
+    act = Demote(codec=codec, **({"recent": 64} | options))
+    return Recipe(compression=Compress(score=Recency(), budget=Everything(), act=act))
+
+
+def spread(a, b) -> float:
+    """Largest difference of log-probabilities over what both list, token for token."""
+    gaps = [0.0]
+    for x, y in zip(a.samples[0].logprobs, b.samples[0].logprobs, strict=True):
+        if x["token_id"] != y["token_id"]:
+            return math.inf
+        gaps.append(abs(x["logprob"] - y["logprob"]))
+    return max(gaps)
+
+
+def test_demoting_to_the_raw_codec_changes_nothing(model):
+    given = prompt(500)
+    alike(
+        answer(winnow.load(model, recipe=demoting("raw", tier="disk")), given),
+        answer(winnow.load(model), given),
+    )
+
+
+def test_demoting_to_eight_bits_stores_and_reads_less(model):
+    given = prompt(800)
+    small, full = (
+        answer(winnow.load(model, recipe=r), given, max_new_tokens=4) for r in (demoting("int8"), None)
+    )
+    # The first token comes from the prefill, which 8 bits do not touch; the others have its noise.
+    assert 1e-6 < spread(small, full) < 0.1
+    for of in ("bytes_stored", "bytes_read"):
+        assert set(getattr(small.stats, of)) == {"host/int8", "host/raw"}
+        assert sum(getattr(small.stats, of).values()) < 0.5 * sum(getattr(full.stats, of).values())
+
+
+@pytest.mark.parametrize(
+    "loading", [Tidal(keep=24), Sketch(keep=24, recent=8), Sketch(keep=24, recent=8, every=2)]
+)
+@pytest.mark.parametrize("front", ["nothing", "dropped", "demoted", "prefix"])
+def test_selectors_on_every_kind_of_segment(model, loading, front):
+    """Sparse reads over dropped, encoded and shared entries equal those of a fresh engine's second run."""
+    base = {
+        "nothing": Recipe(),
+        "dropped": load("snapkv", keep=100, window=8),
+        "demoted": demoting("int8"),
+        "prefix": load("prefix-reuse", page=16),
+    }[front]
+    llm = winnow.load(model, recipe=base | Recipe(loading=loading))
+    first = answer(llm, prompt(300))
+    again = answer(llm, prompt(300))
+    assert first.token_ids == again.token_ids
+    assert spread(first, again) < 5e-4
+    dense = answer(winnow.load(model, recipe=base), prompt(300)).stats
+    entries = {k: v for k, v in again.stats.bytes_read.items() if k != "host/index"}
+    assert sum(entries.values()) < 0.9 * sum(dense.bytes_read.values())
+    assert ("host/index" in again.stats.bytes_read) == isinstance(loading, Sketch)
+
+
+def test_sketch_at_its_limit_equals_full_attention(model):
+    given = prompt(300)
+    limit = Recipe(loading=Sketch(keep=10_000))
+    alike(answer(winnow.load(model, recipe=limit), given), answer(winnow.load(model), given))
+
+
+def test_compression_at_every_turn(model):
+    compress = load("snapkv", keep=40, window=8).compression
+    part = Recipe(compression=dataclasses.replace(compress, turns="every"))
+    with winnow.load(model, recipe=part).session() as session:
+        for n in (200, 90, 60):
+            result = session.generate(prompt(n, n), max_new_tokens=4, ignore_eos=True)
+            assert result.stats.entries_after == 40 * LAYERS * KV_HEADS
