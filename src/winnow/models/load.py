@@ -115,7 +115,7 @@ def _from_name(
     try:
         config = AutoConfig.from_pretrained(source, local_files_only=offline)
     except (OSError, ValueError, KeyError) as error:
-        raise _unreadable(name, "configuration", error) from error
+        raise _unreadable(name, "configuration", error, offline=offline) from error
     check_config(config)
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     try:
@@ -128,7 +128,7 @@ def _from_name(
                 output_loading_info=True,
             )
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        raise _unreadable(name, "weights", error) from error
+        raise _unreadable(name, "weights", error, offline=offline) from error
     missing = sorted(report["missing_keys"])
     if missing:
         raise ValueError(
@@ -163,9 +163,10 @@ def _check_hub_name(name: str) -> None:
     raise ValueError(f"unknown model {name!r}: {hint} Otherwise give a directory or a hub name owner/name")
 
 
-def _unreadable(name: str, what: str, error: Exception) -> ValueError:
+def _unreadable(name: str, what: str, error: Exception, *, offline: bool) -> ValueError:
     first_line = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-    return ValueError(f"cannot read the {what} of {name}: {first_line}")
+    remedy = "download or save it again" if offline else "check the name and the network, or give a directory"
+    return ValueError(f"cannot read the {what} of {name}: {first_line.strip().rstrip('.')}; {remedy}")
 
 
 def _tokenizer(source: str, *, offline: bool) -> Text | None:
