@@ -23,6 +23,8 @@ namespace WINNOW_ISA {
 namespace {
 
 constexpr int kItemRows = 256;  // rows of an item that shares its panels
+constexpr int64_t kTileBytes = 128 << 10;
+constexpr int64_t kAhead = 32;  // entries that packing fetches ahead of what it reads
 constexpr int kListRows = 512;  // rows of an item that packs a gathered list: they pay for the packing
 
 struct Free {
@@ -55,7 +57,8 @@ class Prefill {
   using Input = typename Way::Input;
 
  public:
-  explicit Prefill(const PrefillArgs& args) : a_(args), D_(static_cast<int>(args.depth)) {
+  explicit Prefill(const PrefillArgs& args)
+      : a_(args), D_(static_cast<int>(args.depth)), zeros_(static_cast<size_t>(args.depth)) {
     words_ = D_ / Way::kPerWord;
     panel_words_ = panel_words<Way>(D_);
     for (int64_t h = 0; h < a_.kv_heads; ++h) longest_ = std::max<int64_t>(longest_, a_.lengths[h]);
@@ -63,6 +66,8 @@ class Prefill {
     maths_.scale = a_.scale * kLog2E;
     maths_.softcap = a_.softcap;
     maths_.transforms = a_.softcap > 0 || a_.bias != nullptr;
+    // A tile of keys and values stays in the second-level cache while every group of rows passes over it.
+    tile_panels_ = std::clamp<int64_t>(kTileBytes / (2 * panel_words_ * 4), 4, kMaxPanels);
     gathers_ = a_.form == PrefillForm::lists && a_.unit % kPanel != 0;
     threads_ = omp_get_max_threads();
     const int64_t rows = a_.tokens * a_.group;
@@ -105,8 +110,8 @@ class Prefill {
 #pragma omp for schedule(static)
         for (int64_t i = 0; i < n_needed; ++i) {
           const int64_t p = needed[static_cast<size_t>(i)];
-          pack_entries(h, p * kPanel, packed_k_ + p * panel_words_, packed_v_ + p * panel_words_,
-                       packed_bias_ + p * kPanel);
+          pack(h, p * kPanel, nullptr, packed_k_ + p * panel_words_, packed_v_ + p * panel_words_,
+               packed_bias_ + p * kPanel);
         }
 #pragma omp for schedule(dynamic, 1)
         for (int64_t i = 0; i < n; ++i) pairs += attend_item(items[static_cast<size_t>(i)]);
@@ -233,24 +238,28 @@ class Prefill {
 
   // ---- packing
 
-  void pack_rows(int64_t h, const int32_t* entries, uint32_t* k, uint32_t* v, float* bias) const {
-    const Input* k_rows[kPanel];
-    const Input* v_rows[kPanel];
+  // Entries [first, first + 16), or the 16 listed ones; those that do not exist are zeros.
+  __attribute__((noinline)) void pack(int64_t h, int64_t first, const int32_t* listed, uint32_t* k, uint32_t* v,
+                                      float* bias) const {
+    const Input *k_rows[kPanel], *v_rows[kPanel];
+    const Input* k_head = static_cast<const Input*>(a_.k) + h * a_.k_head;
+    const Input* v_head = static_cast<const Input*>(a_.v) + h * a_.v_head;
     const int64_t length = a_.lengths[h];
     for (int e = 0; e < kPanel; ++e) {
-      const int64_t entry = entries[e];
-      const bool valid = entry >= 0 && entry < length;
-      k_rows[e] = valid ? static_cast<const Input*>(a_.k) + h * a_.k_head + entry * a_.k_entry : nullptr;
-      v_rows[e] = valid ? static_cast<const Input*>(a_.v) + h * a_.v_head + entry * a_.v_entry : nullptr;
-      if (a_.bias != nullptr) bias[e] = valid ? a_.bias[h * a_.bias_head + entry] : 0.f;
+      const int64_t entry = listed == nullptr ? first + e : listed[e];
+      const bool exists = entry >= 0 && entry < length;
+      k_rows[e] = exists ? k_head + entry * a_.k_entry : zeros_.data();
+      v_rows[e] = exists ? v_head + entry * a_.v_entry : zeros_.data();
+      if (a_.bias != nullptr) bias[e] = exists ? a_.bias[h * a_.bias_head + entry] : 0.f;
     }
-    pack_panel<Way>(k_rows, v_rows, D_, k, v);
-  }
-
-  void pack_entries(int64_t h, int64_t first, uint32_t* k, uint32_t* v, float* bias) const {
-    int32_t entries[kPanel];
-    for (int e = 0; e < kPanel; ++e) entries[e] = static_cast<int32_t>(first + e);
-    pack_rows(h, entries, k, v, bias);
+    if (listed == nullptr)
+      for (int e = 0; e < kPanel; ++e)
+        for (int64_t d = 0; d < D_; d += 64 / static_cast<int64_t>(sizeof(Input))) {
+          __builtin_prefetch(k_head + (first + e + kAhead) * a_.k_entry + d);
+          __builtin_prefetch(v_head + (first + e + kAhead) * a_.v_entry + d);
+        }
+    pack_keys<Way>(k_rows, D_, k);
+    pack_values(v_rows, D_, v, Way{});
   }
 
   // ---- one item
@@ -282,11 +291,11 @@ class Prefill {
     take(t.visible, rows);
     take(t.groups, (rows + kTileRows - 1) / kTileRows);
     take(t.slots, gathers_ ? longest_ + 2 * kPanel + a_.unit : longest_ / kPanel + 2);
-    take(t.k, packs_ ? kMaxPanels * panel_words_ : 0);
-    take(t.v, packs_ ? kMaxPanels * panel_words_ : 0);
+    take(t.k, packs_ ? tile_panels_ * panel_words_ : 0);
+    take(t.v, packs_ ? tile_panels_ * panel_words_ : 0);
     take(t.bias, packs_ ? kTileKeys : 0);
-    take(t.tile.s, kTileRows * kTileKeys);
-    take(t.tile.p, kTileRows * kTileKeys);
+    take(t.tile.s, kTileRows * kRow);
+    take(t.tile.p, kTileRows * kRow);
     take(t.tile.highest, kTileRows * kLanes);
     return at + 4096;  // no two threads share a page
   }
@@ -296,7 +305,7 @@ class Prefill {
   }
 
   // Fills the item's list of panels (or entries) and what each of its tokens sees of it.
-  int64_t list_panels(const Item& item, Thread& t) const {
+  __attribute__((noinline)) int64_t list_panels(const Item& item, Thread& t) const {
     const int64_t h = item.kv_head;
     if (a_.form == PrefillForm::lists) {
       const int32_t* columns;
@@ -346,23 +355,26 @@ class Prefill {
     return panels;
   }
 
-  void load_queries(const Item& item, int64_t row, int rows, uint32_t* q) const {
-    for (int r = 0; r < rows; ++r) {
-      const int64_t token = item.token + (row + r) / item.heads, head = item.head + (row + r) % item.heads;
-      const Input* from = static_cast<const Input*>(a_.q) + token * a_.q_token + head * a_.q_head;
-      for (int w = 0; w < words_; ++w) q[w * rows + r] = Way::word(from + w * Way::kPerWord);
+  void load_queries(const Item& item, uint32_t* q) const {
+    for (int64_t i = 0; i < item.tokens; ++i) {
+      const Input* token = static_cast<const Input*>(a_.q) + (item.token + i) * a_.q_token;
+      for (int64_t n = 0; n < item.heads; ++n, q += words_) Way::copy(q, token + (item.head + n) * a_.q_head, D_);
     }
   }
 
-  void store_rows(const Item& item, int64_t row, int rows, const Group& group) const {
+  Input* out_row(int64_t token, int64_t head) const {
+    return static_cast<Input*>(a_.out) + (token * a_.kv_heads * a_.group + head) * D_;
+  }
+
+  __attribute__((noinline)) void store_rows(const Item& item, int64_t row, int rows, const Group& group) const {
     for (int r = 0; r < rows; ++r) {
       const int64_t token = item.token + (row + r) / item.heads, head = item.head + (row + r) % item.heads;
       const int64_t at = token * a_.kv_heads * a_.group + head;
       const float total = sum(load(group.l + r * kLanes));
       const bool blank = total == 0.f;
       const float inverse = blank ? 0.f : 1.f / total;
-      Input* to = static_cast<Input*>(a_.out) + at * D_;
-      for (int d = 0; d < D_; ++d) from_float(blank ? 0.f : group.o[r * D_ + d] * inverse, to + d);
+      Input* to = out_row(token, head);
+      for (int d = 0; d < D_; d += kLanes) store_as(to + d, blank ? Vec{} : load(group.o + r * D_ + d) * splat(inverse));
       a_.lse[at] = blank ? kNoMax : (group.m[r] + std::log2(total)) * kLn2;
       if (a_.row_max != nullptr) a_.row_max[at] = blank ? kNoMax : largest(load(group.top + r * kLanes)) * kLn2;
     }
@@ -375,6 +387,10 @@ class Prefill {
     int64_t pairs = 0;
     for (int64_t i = 0; i < item.tokens; ++i) pairs += t.visible[i].count() * item.heads;
 
+    for (int64_t i = 0; i < item.tokens; ++i)
+      for (int64_t at = 0; at < item.heads * D_; at += 64 / static_cast<int64_t>(sizeof(Input)))
+        __builtin_prefetch(out_row(item.token + i, item.head) + at, 1);  // written at the end: no waiting then
+    load_queries(item, t.q);
     std::fill(t.o, t.o + rows * D_, 0.f);
     std::fill(t.m, t.m + rows, kNoMax);
     std::fill(t.l, t.l + rows * kLanes, 0.f);
@@ -383,7 +399,6 @@ class Prefill {
       const int n = static_cast<int>(std::min<int64_t>(kTileRows, rows - row));
       Group& group = t.groups[row / kTileRows];
       group.q = t.q + row * words_;
-      load_queries(item, row, n, t.q + row * words_);
       group.o = t.o + row * D_;
       group.m = t.m + row;
       group.l = t.l + row * kLanes;
@@ -391,7 +406,7 @@ class Prefill {
       constexpr int32_t kFar = std::numeric_limits<int32_t>::max();
       group.span = {kFar, 0, 0, kFar, 0, kFar};
       for (int r = 0; r < n; ++r) {
-        const Visible& v = t.visible[(row + r) / item.heads];
+        const Visible& v = t.visible[static_cast<uint32_t>(row + r) / static_cast<uint32_t>(item.heads)];
         group.visible[r] = &v;
         GroupSpan& span = group.span;
         if (v.count() > 0) {
@@ -406,8 +421,8 @@ class Prefill {
     }
 
     Tile tile{};
-    for (int64_t first = 0; first < panels; first += kMaxPanels) {
-      tile.panels = static_cast<int>(std::min<int64_t>(kMaxPanels, panels - first));
+    for (int64_t first = 0; first < panels; first += tile_panels_) {
+      tile.panels = static_cast<int>(std::min(tile_panels_, panels - first));
       tile.slot = static_cast<int32_t>(first * kPanel);
       for (int n = 0; n < tile.panels; ++n) fetch(item.kv_head, first + n, n, t, tile);
       for (int64_t row = 0; row < rows; row += kTileRows)
@@ -425,9 +440,9 @@ class Prefill {
       uint32_t *k = t.k + n * panel_words_, *v = t.v + n * panel_words_;
       float* bias = t.bias + n * kPanel;
       if (gathers_)
-        pack_rows(h, t.slots + index * kPanel, k, v, bias);
+        pack(h, 0, t.slots + index * kPanel, k, v, bias);
       else
-        pack_entries(h, int64_t{t.slots[index]} * kPanel, k, v, bias);
+        pack(h, int64_t{t.slots[index]} * kPanel, nullptr, k, v, bias);
       tile.k[n] = k;
       tile.v[n] = v;
       tile.bias[n] = a_.bias ? bias : nullptr;
@@ -441,8 +456,9 @@ class Prefill {
 
   const PrefillArgs& a_;
   const int D_;
+  const std::vector<Input> zeros_;
   int words_;
-  int64_t panel_words_;
+  int64_t panel_words_, tile_panels_;
   int64_t longest_ = 0;
   TileMaths maths_;
   bool gathers_, packs_;  // lists of single entries; items pack their own panels

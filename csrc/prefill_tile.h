@@ -1,6 +1,6 @@
 // The arithmetic of one group of query rows against one tile of packed keys and values.
 //
-// A tile is up to kTileKeys / 16 panels. A K panel holds, for each word of the head dimension, that word
+// A tile is up to kMaxPanels panels. A K panel holds, for each word of the head dimension, that word
 // of 16 keys; a V panel holds, for each word along its 16 keys, that word of every output dimension. Both
 // are read with full vectors while one word of the query (of the weights) is broadcast.
 #pragma once
@@ -12,8 +12,9 @@
 namespace winnow {
 namespace WINNOW_ISA {
 
-constexpr int kMaxPanels = 16;  // panels per tile
+constexpr int kMaxPanels = 32;  // panels per tile, at most
 constexpr int kTileKeys = kMaxPanels * kPanel;
+constexpr int kRow = kTileKeys + kPanel;  // row stride of logits and weights: rows must not share cache sets
 constexpr float kLog2E = 1.44269504088896341f;
 constexpr float kLn2 = 0.69314718055994531f;
 constexpr float kNoMax = -std::numeric_limits<float>::infinity();
@@ -42,7 +43,7 @@ struct TileMaths {
 
 // A group's state; row r of the group is at [r].
 struct Group {
-  const uint32_t* q;  // [words][rows], interleaved
+  const uint32_t* q;  // [rows][words]
   float* o;           // [rows][D]
   float* m;           // [rows] reference exponent
   float* l;           // [rows][kLanes] partial sums of the weights
@@ -61,13 +62,13 @@ struct Tile {
 
 // Per-thread buffers of one group and tile.
 struct TileBuffers {
-  float* s;        // [kTileRows][kTileKeys] logits
-  uint32_t* p;     // [kTileRows][kTileKeys] words of weights
+  float* s;        // [kTileRows][kRow] logits
+  uint32_t* p;     // [kTileRows][kRow] words of weights
   float* highest;  // [kTileRows][kLanes]
 };
 
 template <class Way, int R, int N>
-static inline void qk_micro(const uint32_t* q, const uint32_t* const* k, int words, float* s, float* highest) {
+WINNOW_NOINLINE void qk_micro(const uint32_t* q, const uint32_t* const* k, int words, float* s, float* highest) {
   constexpr int NV = N * kPanelVectors;
   Vec acc[R][NV];
 #pragma GCC unroll 8
@@ -84,7 +85,7 @@ static inline void qk_micro(const uint32_t* q, const uint32_t* const* k, int wor
     for (int j = 0; j < NV; ++j) b[j] = load(kp[j / kPanelVectors] + w * kPanel + j % kPanelVectors * kLanes);
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
-      const Vec a = splat_word(q + w * R + r);
+      const Vec a = splat_word(q + r * words + w);
 #pragma GCC unroll 8
       for (int j = 0; j < NV; ++j) acc[r][j] = Way::dot(acc[r][j], a, b[j]);
     }
@@ -94,7 +95,7 @@ static inline void qk_micro(const uint32_t* q, const uint32_t* const* k, int wor
     Vec top = load(highest + r * kLanes);
 #pragma GCC unroll 8
     for (int j = 0; j < NV; ++j) {
-      store(s + r * kTileKeys + j * kLanes, acc[r][j]);
+      store(s + r * kRow + j * kLanes, acc[r][j]);
       top = larger(acc[r][j], top);
     }
     store(highest + r * kLanes, top);
@@ -102,29 +103,31 @@ static inline void qk_micro(const uint32_t* q, const uint32_t* const* k, int wor
 }
 
 template <class Way, int R, int NV>
-static inline void pv_micro(const uint32_t* p, const uint32_t* const* v, int panels, int at, int D, float* o) {
+WINNOW_NOINLINE void pv_micro(const uint32_t* p, const uint32_t* const* v, int panels, int at, int D, float* o) {
   constexpr int kSteps = kPanel / Way::kPerWord;
   Vec acc[R][NV];
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 8
     for (int j = 0; j < NV; ++j) acc[r][j] = load(o + r * D + at + j * kLanes);
-#pragma GCC unroll 1
-  for (int n = 0; n < panels; ++n) {
-    const uint32_t* from = v[n] + at;
-#pragma GCC unroll 1
-    for (int w = 0; w < kSteps; ++w, from += D, ++p) {
+  // There is always a panel, and saying so to the compiler keeps the sums in registers.
+  const uint32_t* const* const end = v + panels;
+  do {
+    const uint32_t* from = *v + at;
+    const uint32_t* const p_end = p + kSteps;
+    do {
       Vec b[NV];
 #pragma GCC unroll 8
       for (int j = 0; j < NV; ++j) b[j] = load(from + j * kLanes);
 #pragma GCC unroll 8
       for (int r = 0; r < R; ++r) {
-        const Vec a = splat_word(p + r * kTileKeys);
+        const Vec a = splat_word(p + r * kRow);
 #pragma GCC unroll 8
         for (int j = 0; j < NV; ++j) acc[r][j] = Way::dot(acc[r][j], a, b[j]);
       }
-    }
-  }
+      from += D;
+    } while (++p != p_end);
+  } while (++v != end);
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 8
@@ -158,15 +161,21 @@ static inline void pv_rows(const uint32_t* p, const uint32_t* const* v, int pane
 }
 
 // Softcap, bias and mask, in place; afterwards logits are in powers of two where `maths.transforms`.
-static inline void transform_row(float* s, const Tile& tile, int first, int panels, const Visible& seen, bool mask,
+WINNOW_NOINLINE void transform_row(float* s, const Tile& tile, int first, int panels, const Visible& seen, bool mask,
                                  const TileMaths& maths, float* highest) {
   Vec top = splat(kNoMax);
   const VecInt lanes = iota();
   for (int n = 0; n < panels; ++n) {
+    const int32_t slot = tile.slot + (first + n) * kPanel;
+    const bool whole = !mask || (slot >= seen.b0 && slot + kPanel <= seen.b1);
+    if (whole && !maths.transforms) {
+      for (int i = 0; i < kPanelVectors; ++i) top = larger(load(s + n * kPanel + i * kLanes), top);
+      continue;
+    }
     const float* bias = tile.bias[first + n];
     for (int i = 0; i < kPanelVectors; ++i) {
-      float* at = s + n * kPanel + i * kLanes;
-      Vec x = load(at);
+      float* logits = s + n * kPanel + i * kLanes;
+      Vec x = load(logits);
       if (maths.transforms) {
         x = x * splat(maths.plain_scale);
         if (maths.softcap > 0) {
@@ -178,23 +187,35 @@ static inline void transform_row(float* s, const Tile& tile, int first, int pane
         if (bias != nullptr) x = x + load(bias + i * kLanes);
         x = x * splat(kLog2E);
       }
-      if (mask) {
-        const VecInt slot = lanes + (tile.slot + (first + n) * kPanel + i * kLanes);
-        const VecInt seen_lanes =
-            ((slot >= seen.a0) & (slot < seen.a1)) | ((slot >= seen.b0) & (slot < seen.b1));
-        x = seen_lanes ? x : splat(kNoMax);
+      if (!whole) {
+        const VecInt at = lanes + (slot + i * kLanes);
+        const VecInt lit = ((at >= seen.a0) & (at < seen.a1)) | ((at >= seen.b0) & (at < seen.b1));
+        x = lit ? x : splat(kNoMax);
       }
-      store(at, x);
+      store(logits, x);
       top = larger(x, top);
     }
   }
   store(highest, top);
 }
 
+template <class Way, int N>
+static inline Vec weigh_panels(const float* s, uint32_t* p, Vec scale, Vec reference, Vec total) {
+  Vec w[N * kPanelVectors];
+#pragma GCC unroll 8
+  for (int i = 0; i < N * kPanelVectors; ++i) {
+    w[i] = exp2v<Way::kExpDegree>(load(s + i * kLanes) * scale - reference);
+    total = total + w[i];
+  }
+  Way::template store_panels<N>(p, w);
+  return total;
+}
+
 // Weights of one row, and its running sums. `scale` turns logits into powers of two.
 template <class Way>
-static inline void weigh_row(const float* s, uint32_t* p, int panels, float scale, const float* highest, int D,
-                             float* o, float* m, float* l, float* top) {
+WINNOW_NOINLINE void weigh_row(const float* s, uint32_t* p, int panels, float scale, const float* highest, int D,
+                               float* o, float* m, float* l, float* top) {
+  constexpr int kPanelWeights = kPanel / Way::kPerWord;
   const Vec high = load(highest) * splat(scale);
   if (top != nullptr) store(top, larger(high, load(top)));
   if (any_greater(high, splat(*m + kLag))) {
@@ -207,20 +228,16 @@ static inline void weigh_row(const float* s, uint32_t* p, int panels, float scal
   // Before anything was seen the reference is -inf; any finite one serves, every weight is then zero.
   const Vec reference = splat(*m == kNoMax ? 0.f : *m);
   Vec total = load(l);
-  for (int n = 0; n < panels; ++n) {
-    Vec w[kPanelVectors];
-#pragma GCC unroll 4
-    for (int i = 0; i < kPanelVectors; ++i) {
-      w[i] = exp2v<Way::kExpDegree>(load(s + n * kPanel + i * kLanes) * splat(scale) - reference);
-      total = total + w[i];
-    }
-    Way::store_panel(p + n * (kPanel / Way::kPerWord), w);
-  }
+  int n = 0;
+  for (; n + 2 <= panels; n += 2)
+    total = weigh_panels<Way, 2>(s + n * kPanel, p + n * kPanelWeights, splat(scale), reference, total);
+  if (n < panels)
+    total = weigh_panels<Way, 1>(s + n * kPanel, p + n * kPanelWeights, splat(scale), reference, total);
   store(l, total);
 }
 
 template <class Way, int R>
-static void attend_rows(const Group& group, const Tile& tile, int words, int D, const TileMaths& maths,
+WINNOW_NOINLINE void attend_rows(const Group& group, const Tile& tile, int words, int D, const TileMaths& maths,
                         const TileBuffers& buffers) {
   // Panels outside of what any row sees are left out; the mask is applied only where some row sees less.
   const int32_t end = tile.slot + tile.panels * kPanel;
@@ -237,11 +254,11 @@ static void attend_rows(const Group& group, const Tile& tile, int words, int D, 
   qk_rows<Way, R>(group.q, tile.k + first, panels, words, buffers.s, buffers.highest);
   if (!whole || maths.transforms)
     for (int r = 0; r < R; ++r)
-      transform_row(buffers.s + r * kTileKeys, tile, first, panels, *group.visible[r], !whole, maths,
+      transform_row(buffers.s + r * kRow, tile, first, panels, *group.visible[r], !whole, maths,
                     buffers.highest + r * kLanes);
   const float scale = maths.transforms ? 1.f : maths.scale;
   for (int r = 0; r < R; ++r)
-    weigh_row<Way>(buffers.s + r * kTileKeys, buffers.p + r * kTileKeys, panels, scale,
+    weigh_row<Way>(buffers.s + r * kRow, buffers.p + r * kRow, panels, scale,
                    buffers.highest + r * kLanes, D, group.o + r * D, group.m + r, group.l + r * kLanes,
                    group.top == nullptr ? nullptr : group.top + r * kLanes);
   pv_rows<Way, R>(buffers.p, tile.v + first, panels, D, group.o);

@@ -99,7 +99,7 @@ def compare(
     q: Tensor,
     segment: Segment,
     positions: Tensor,
-    form: Form = Dense(),
+    form: Form = DENSE,
     *,
     row_max: bool = False,
     **spec: Any,
