@@ -101,6 +101,21 @@ def test_mechanism_is_not_idle(pair: tuple[str, PreTrainedModel, HFModel]) -> No
     assert (error > 0.01) == (family in SPECIAL)
 
 
+def test_longrope_beyond_its_first_regime() -> None:
+    """With the long frequencies throughout, long prompts equal transformers, chunked ones too."""
+    model = make("phi3-longrope")
+    short, long = HFModel(model), HFModel(model, long_positions=True)
+    assert (short.max_length, long.max_length) == (64, 256)
+    assert short.fingerprint != long.fingerprint
+    ids, cache = tokens(90), Cache()
+    want = expected(model, ids)
+    got = torch.cat([step(long, [cache], [chunk])[0] for chunk in ids.split([20, 1, 40, 29])])
+    torch.testing.assert_close(got, want, **TOLERANCE)
+    torch.testing.assert_close(expected(model, ids), want, **TOLERANCE)  # the user's buffers are theirs
+    with pytest.raises(ValueError, match="longrope"):
+        HFModel(make("llama"), long_positions=True)
+
+
 def test_only_asked_rows_get_logits(pair: tuple[str, PreTrainedModel, HFModel]) -> None:
     _, _, runner = pair
     ids, positions = tokens(9), torch.arange(9)

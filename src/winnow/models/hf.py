@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from winnow.models.interface import NAME, attending
 from winnow.models.refuse import check_config, check_model, probe
-from winnow.models.rotary import position_limit
+from winnow.models.rotary import position_limit, use_long_regime
 from winnow.models.weights import fingerprint
 from winnow.types import Attend
 
@@ -31,6 +31,9 @@ class HFModel:
         A causal language model on one device.
     name : str or None
         For messages; the configuration's name by default.
+    long_positions : bool
+        Run a longrope model on the frequencies of long prompts throughout (see
+        :func:`winnow.models.rotary.use_long_regime`), so that it takes its full length.
 
     Raises
     ------
@@ -42,12 +45,17 @@ class HFModel:
     Satisfies :class:`winnow.types.LanguageModel`, which lists the attributes.
     """
 
-    def __init__(self, model: PreTrainedModel, *, name: str | None = None) -> None:
+    def __init__(
+        self, model: PreTrainedModel, *, name: str | None = None, long_positions: bool = False
+    ) -> None:
         check_config(model.config)
         check_model(model)
         self.name: str = name or model.config.name_or_path or model.config.model_type
         self.fingerprint = fingerprint(model, self.name)
         self._model = _twin(model)
+        if long_positions:
+            use_long_regime(self._model)
+            self.fingerprint += "-long"  # keys of the two regimes must not meet in a pool either
         self._takes_rows = "logits_to_keep" in inspect.signature(type(model).forward).parameters
         facts = probe(self._model)
         config = model.config.get_text_config(decoder=True)
@@ -58,7 +66,7 @@ class HFModel:
         self.head_dim = facts.head_dim
         self.vocab_size = facts.vocab_size
         self.specs = facts.specs
-        self.max_length = position_limit(config)
+        self.max_length = position_limit(config, long_positions=long_positions)
         self.dtype: torch.dtype = model.dtype
         self.device: torch.device = model.device
         self.eos_token_ids = _eos(model)

@@ -38,6 +38,7 @@ def load_model(
     dtype: torch.dtype | None = None,
     device: str | torch.device | None = None,
     runner: Runner = "auto",
+    long_positions: bool = False,
 ) -> tuple[LanguageModel, Text | None]:
     """Load a model and its tokenizer.
 
@@ -53,6 +54,8 @@ def load_model(
     runner : {"auto", "general", "fused"}
         ``auto`` takes the fused runner where it applies and agrees with the general one, and logs
         why where not; ``fused`` demands it.
+    long_positions : bool
+        For longrope models (Phi-3): take the full length, on the frequencies of long prompts.
 
     Returns
     -------
@@ -76,7 +79,7 @@ def load_model(
         raise ValueError(
             f"cannot load a {type(model).__name__}; give a directory, a hub name or a transformers model"
         )
-    general = HFModel(module, name=name)
+    general = HFModel(module, name=name, long_positions=long_positions)
     if runner == "general":
         return general, text
     try:
