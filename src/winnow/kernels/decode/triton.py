@@ -58,7 +58,7 @@ def _fits(c: Any, call: Mapping[str, Any]) -> bool:
     small={"BLOCK_N": 16},
     keep=_fits,
 )
-@triton.jit
+@triton.jit(do_not_specialize=["logits_head", "start", "position", "window"])
 def _split(
     q, k, v, parts, parts_lse, logits_out, seen_out, lengths, positions, bias, indices, listed,
     q_head, k_row, k_head, v_row, v_head, positions_head, bias_head, indices_row, logits_head,
@@ -162,7 +162,7 @@ def _split(
         tl.store(seen_out + row * splits + split, tl.sum(seen, 0) * GROUP)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits"])
 def _merge(parts, parts_lse, out, lse, splits, D: tl.constexpr, SPLITS: tl.constexpr, BLOCK_D: tl.constexpr):
     """Grid: (query heads, slices of D). ``parts_lse`` is in base 2."""
     head = tl.program_id(0).to(tl.int64)

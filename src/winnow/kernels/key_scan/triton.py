@@ -88,7 +88,7 @@ def _quantize_keys(
     key=["D", "BITS", "G", "REDUCTION"],
     small={"BLOCK_N": 32},
 )
-@triton.jit
+@triton.jit(do_not_specialize=["width"])
 def _key_scan(
     q, codes, scales, out, lengths, q_head, codes_head, scales_head, width, R,
     D: tl.constexpr, BLOCK_D: tl.constexpr, G: tl.constexpr, BLOCK_G: tl.constexpr, BITS: tl.constexpr,

@@ -68,7 +68,7 @@ def _fits(c: Any, call: Mapping[str, Any]) -> bool:
     small={"BLOCK_N": 16, "BLOCK_K": 64},
     keep=_fits,
 )
-@triton.jit
+@triton.jit(do_not_specialize=["R"])
 def _matvec(
     x, w, out, x_scale, w_scale, R, N, K, x_row, w_row,
     ONE_ROW: tl.constexpr, INTEGER: tl.constexpr, WIDE: tl.constexpr, BLOCK_R: tl.constexpr,

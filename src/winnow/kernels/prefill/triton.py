@@ -72,7 +72,7 @@ def _fits(block_m: int, block_n: int, call: Mapping[str, Any]) -> bool:
     small={"BLOCK_M": 32, "BLOCK_N": 32},
     keep=lambda c, call: _fits(c.kwargs["BLOCK_M"], c.kwargs["BLOCK_N"], call),
 )
-@triton.jit
+@triton.jit(do_not_specialize=["T", "start", "window", "init", "local", "align", "rows", "phase"])
 def _prefill(
     q, k, v, out, lse, row_max, counts, query_positions, lengths, positions, bias, offsets, columns,
     T, q_row, q_head, k_row, k_head, v_row, v_head, positions_head, bias_head, offsets_head,

@@ -32,7 +32,7 @@ def _value(bits):
     return bits.to(tl.float32, bitcast=True)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n", "total", "top_code"])
 def _quantize(
     x, codes, scales, zeros, outer_stride, row_stride, n, D, total, group, top_code,
     BITS: tl.constexpr, CHANNEL: tl.constexpr, SYMMETRIC: tl.constexpr,
@@ -95,7 +95,7 @@ def _from_bfloat16(bits):
     return _value(bits.to(tl.int32) << 16)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n", "total"])
 def _dequantize(
     codes, scales, zeros, out, codes_outer, codes_row, scales_outer, scales_row, zeros_outer, zeros_row,
     out_outer, out_row, n, D, total, group,

@@ -28,7 +28,7 @@ def _ordered(scores, column, length):
     return key, score > float("-inf")  # neither -inf nor NaN
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["most"])
 def _top_k(scores, lengths, ks, indices, counts, row_stride, most, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     scores += row * row_stride
