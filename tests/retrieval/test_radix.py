@@ -340,3 +340,17 @@ def test_a_store_that_dropped_entries_is_refused() -> None:
 def test_impossible_parameters(field: str, value: int) -> None:
     with pytest.raises(ValueError):
         Radix(**{field: value})
+
+
+def test_a_memory_page_that_two_nodes_share_lives_as_long_as_either() -> None:
+    pool = Radix(page=4, capacity_bytes=3 * PAGE_BYTES).pool()
+    for tokens in ([1] * 8, [1] * 4 + [2] * 4, [3] * 4):
+        pool.insert(tokens, "a", entries(tokens))  # eight tokens are a sixteenth of a memory page
+    held = pool.match([1, 1, 1, 1, 9], "a")
+    assert pool.bytes() == 3 * PAGE_BYTES
+    assert pool.insert([4] * 4, "a", entries([4] * 4)) == 4
+    # The oldest leaf gave nothing back, its parent lies in the same memory page; so another went too.
+    assert pool.match([1] * 9, "a").length == 4
+    assert pool.match([1] * 4 + [2] * 5, "a").length == 4
+    check_content(held, [1] * 4)
+    assert pool.bytes() == held_by_nodes(pool)[0] == 3 * PAGE_BYTES

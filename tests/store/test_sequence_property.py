@@ -18,7 +18,7 @@ from winnow.store.codecs import CODECS, ENTRIES, Plane
 from winnow.store.run import Shape
 from winnow.types import Plan, Segment
 
-LAYERS, D, CAPACITY = 2, 4, 1024
+LAYERS, D, CAPACITY = 2, 16, 1024  # 64 bytes a row: a memory page holds 64 entries
 
 
 class Mirror:
@@ -90,7 +90,7 @@ class AgainstLists(RuleBasedStateMachine):
         for layer in range(LAYERS):
             number = self.serial + torch.arange(tokens * self.heads).view(tokens, self.heads)
             self.serial += tokens * self.heads
-            k = torch.stack([number % 251, number // 251, number * 0 + layer, number * 0 + 1], -1).float()
+            k = torch.stack([number % 251, number // 251, number * 0 + layer, number * 0 + 1] * 4, -1).float()
             self.store.append(layer, k, -k, positions)
             if partial == 0:  # the step is interrupted after some layers
                 self.store.truncate(self.store.length)
