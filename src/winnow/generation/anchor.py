@@ -123,14 +123,7 @@ class Anchor:
         for other in maxima[1:]:
             assert other is not None
             top_TN = torch.maximum(top_TN, other)
-        T = q_TND.shape[0]
-        tile_T = (torch.arange(first, first + T, device=q_TND.device) // self.block) - first // self.block
-        tiles = int(tile_T[-1]) + 1
-        count_A = torch.bincount(tile_T, minlength=tiles).float()
-        q_AND = q_TND.new_zeros(tiles, *q_TND.shape[1:], dtype=torch.float32)
-        q_AND.index_add_(0, tile_T, q_TND.float())
-        anchor_AN = top_TN.new_zeros(tiles, top_TN.shape[1]).index_add_(0, tile_T, top_TN)
-        return q_AND / count_A[:, None, None], anchor_AN / count_A[:, None]
+        return _tile_means(q_TND, first, self.block), _tile_means(top_TN, first, self.block)
 
     def _stripes(
         self, ctx: PrefillLayer, segment: Segment, q_AND: Tensor, anchor_AN: Tensor, first: int
@@ -184,4 +177,18 @@ class Anchor:
             logits_GaS = ctx.spec.softcap * torch.tanh(logits_GaS / ctx.spec.softcap)
         if segment.bias is not None:
             logits_GaS = logits_GaS + segment.bias[h, lo:hi]
-        return (logits_GaS + self.theta >= anchor_aG.T.unsqueeze(-1)).any(1)
+        return (logits_GaS - anchor_aG.T.unsqueeze(-1)).amax(1) >= -self.theta
+
+
+def _tile_means(x_TX: Tensor, first: int, block: int) -> Tensor:
+    """Float32 means over tiles of ``block`` rows; row 0 is at position ``first``, the ends may be partial."""
+    T = x_TX.shape[0]
+    head = min(-first % block, T)
+    whole = (T - head) // block
+    tail = head + whole * block
+    means = [x_TX[head:tail].reshape(whole, block, *x_TX.shape[1:]).mean(1, dtype=torch.float32)]
+    if head:
+        means.insert(0, x_TX[:head].mean(0, keepdim=True, dtype=torch.float32))
+    if tail < T:
+        means.append(x_TX[tail:].mean(0, keepdim=True, dtype=torch.float32))
+    return torch.cat(means)

@@ -18,8 +18,8 @@ class Demote:
 
     With the budget ``Everything`` nothing is dropped and the part is a codec of the old
     entries alone. Demotion is by age: the oldest entries of every head, the same number in each
-    head and whole pages of ``winnow.store.codecs.ENTRIES``. Protection is from dropping; a protected entry that is old is
-    demoted like the others.
+    head, in whole pages of the store (``winnow.store.codecs.ENTRIES``). Protection is from
+    dropping; a protected entry that is old is demoted like the others.
 
     Attributes
     ----------
