@@ -15,6 +15,7 @@ TINY = Schedule(
         Stage(steps=2, tokens=96, rows=2, facts=(3, 4), slack=500),
         Stage(steps=2, tokens=160, rows=1, facts=(6, 8), slack=500),
     ),
+    horizon=4,
     warmup=2,
 )
 
@@ -97,11 +98,12 @@ def test_export_is_what_was_trained(tmp_path):
         assert torch.equal(weight.bfloat16(), loaded.state_dict()[name])
 
 
-def test_rate_rises_and_falls_to_zero():
+def test_rate_rises_and_falls():
     factors = [SCHEDULE.factor(step) for step in range(SCHEDULE.steps)]
     assert max(factors) < 1.0
     assert factors.index(max(factors)) == SCHEDULE.warmup - 1
-    assert 0 < factors[-1] < 0.01
+    assert 0 < factors[-1] < factors[SCHEDULE.warmup]
+    assert SCHEDULE.factor(SCHEDULE.horizon) == 0
     with pytest.raises(ValueError, match="ends"):
         SCHEDULE.stage(SCHEDULE.steps)
 

@@ -26,7 +26,7 @@ def main(arguments: list[str] | None = None) -> int:
         "--out", type=Path, help="JSON that --evaluate writes, and goes on with if it is stopped"
     )
     parser.add_argument("--figure", type=Path, help="picture of the heads that --evaluate draws")
-    parser.add_argument("--questions", type=int, default=320, help="per cell")
+    parser.add_argument("--questions", type=int, default=300, help="per cell")
     parser.add_argument("--lengths", type=int, nargs="+", default=list(evaluate.LENGTHS))
     parser.add_argument("--cells", nargs="+", choices=[name for name, *_ in evaluate.CELLS])
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")

@@ -12,20 +12,24 @@ import math
 import platform
 import subprocess
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
+from winnow.kernels.prefill import prefill
 from winnow.models.embedded import documents, heads
+from winnow.models.interface import NAME, attending
+from winnow.types import AttentionSpec, Segment
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
 
-__all__ = ["CELLS", "LENGTHS", "Cell", "Result", "cells", "measure", "report"]
+__all__ = ["CELLS", "LENGTHS", "Cell", "Result", "cells", "measure", "report", "table"]
 
 LENGTHS = (1024, 2048, 4096, 8192)
 #: seeds of evaluation documents start here, inside `documents.HELD_OUT`
@@ -43,6 +47,7 @@ class Cell:
     hops: int = 1
     shots: int = 1
     facts: int = 32
+    turns: int = 30
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,6 +111,7 @@ def cells(lengths: Sequence[int] = LENGTHS, names: Sequence[str] | None = None) 
             shots=shots,
             # chains of two or three lines: as many questions as elsewhere need more lines
             facts=60 if task == "variables" else 32,
+            turns=20 if hops == 2 else 30,
             floor=0.85 if hops == 2 else 0.90 if tokens > 4096 else 0.95,
         )
         for name, task, hops, shots in CELLS
@@ -120,6 +126,42 @@ def _common(left: Sequence[int], right: Sequence[int]) -> int:
     return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(left), len(right)))
 
 
+class _Context:
+    """Tokens that a model has read, and their entries: full attention by Winnow's own kernel.
+
+    Hugging Face's attention would take most of the time that an evaluation at 8K takes.
+    """
+
+    def __init__(self, model: LlamaForCausalLM, capacity: int) -> None:
+        config = model.config
+        size = (config.num_hidden_layers, config.num_key_value_heads, capacity, config.head_dim)
+        self.model, self.tokens = model, list[int]()
+        self.k, self.v = (torch.empty(size, dtype=model.dtype, device=model.device) for _ in range(2))
+
+    def read(self, ids: Sequence[int]) -> int:
+        """Keep what ``ids`` begins with, forget the rest, read what is new; the likeliest next token."""
+        common = min(_common(self.tokens, ids), len(ids) - 1)
+        self.tokens = list(ids)
+        self.positions = torch.arange(common, len(ids), dtype=torch.int32)
+        fresh = torch.tensor([ids[common:]], device=self.model.device)
+        with attending(self._attend):
+            logits = self.model(
+                fresh,
+                position_ids=self.positions.to(self.model.device, torch.long)[None],
+                use_cache=False,
+                logits_to_keep=1,
+            ).logits
+        return int(logits[0, -1].argmax())
+
+    def _attend(self, layer: int, q_THD: Tensor, k_THD: Tensor, v_THD: Tensor, spec: AttentionSpec) -> Tensor:
+        start, end = len(self.tokens) - len(self.positions), len(self.tokens)
+        self.k[layer, :, start:end] = k_THD.transpose(0, 1)
+        self.v[layer, :, start:end] = v_THD.transpose(0, 1)
+        lengths = torch.full((self.k.shape[1],), end, dtype=torch.int32)
+        segment = Segment(k=self.k[layer], v=self.v[layer], lengths=lengths)
+        return prefill(q_THD, segment, spec=spec, query_positions=self.positions).out
+
+
 @torch.inference_mode()
 def measure(
     model: LlamaForCausalLM,
@@ -127,12 +169,12 @@ def measure(
     cell: Cell,
     *,
     questions: int,
-    turns: int = 20,
+    turns: int | None = None,
     most_new: int = 16,
     first_seed: int = FIRST_SEED,
     advance: Callable[[int], None] | None = None,
 ) -> Result:
-    """Ask a cell's questions, greedily, with full attention over a growing cache.
+    """Ask a cell's questions, greedily, with full attention; what was read is not read again.
 
     Parameters
     ----------
@@ -142,8 +184,8 @@ def measure(
         What to ask.
     questions : int
         At least so many, rounded up to whole documents of ``turns`` turns.
-    turns : int
-        Turns for each document; the history holds the model's own answers.
+    turns : int, optional
+        Turns for each document, by default those of the cell; the history holds the model's own answers.
     most_new : int
         Most tokens of an answer.
     first_seed : int
@@ -151,12 +193,12 @@ def measure(
     advance : callable, optional
         Called with the number of questions done after each document.
     """
-    from transformers import DynamicCache
-
-    device = model.device
+    turns = cell.turns if turns is None else turns
     newline = tokenizer.convert_tokens_to_ids("\n")
     hits: list[tuple[int, bool]] = []
     begun = time.perf_counter()
+    implementation = model.config._attn_implementation
+    model.set_attn_implementation(NAME)
     for number in range(math.ceil(questions / turns)):
         document = documents.make(
             cell.task,
@@ -167,27 +209,20 @@ def measure(
             hops=cell.hops,
             shots=cell.shots,
         )
-        cache = DynamicCache(config=model.config)
-        replies: list[str] = []
-        cached: list[int] = []
+        context = _Context(model, cell.tokens + turns * (most_new + 16))
+        # No piece spans lines, so the pieces of a prompt are those of its lines (see `documents.prompt`).
+        ids = list(tokenizer(document.text)["input_ids"])
         for index, turn in enumerate(document.turns):
-            ids = tokenizer(documents.prompt(document, index, replies))["input_ids"]
-            # An answer that is respelt in the history leaves entries that no longer hold.
-            common = _common(cached, ids)
-            if common < len(cached):
-                cache.crop(common - len(cached))
-            cached, answer = cached[:common], list[int]()
-            fresh = ids[common:]
+            ids += tokenizer(f"Q: {turn.question} A:", add_special_tokens=False)["input_ids"]
+            answer: list[int] = []
             while len(answer) < most_new and newline not in answer:
-                fed = torch.tensor([fresh], device=device)
-                logits = model(fed, past_key_values=cache, logits_to_keep=1).logits
-                cached += fresh
-                fresh = [int(logits[0, -1].argmax())]
-                answer += fresh
-            replies.append(tokenizer.decode(answer).strip().split("\n")[0])
-            hits.append((index, documents.score(turn, replies[-1])))
+                answer.append(context.read([*ids, *answer]))
+            reply = tokenizer.decode(answer).strip().split("\n")[0]
+            ids += tokenizer(f" {reply}\n", add_special_tokens=False)["input_ids"]
+            hits.append((index, documents.score(turn, reply)))
         if advance:
             advance(turns)
+    model.set_attn_implementation(implementation)
     first = [hit for index, hit in hits if index == 0]
     later = [hit for index, hit in hits if index > 0]
     return Result(
@@ -204,7 +239,7 @@ def report(
     weights: Path,
     wanted: Iterable[Cell],
     *,
-    questions: int = 320,
+    questions: int = 300,
     device: str = "cpu",
     dtype: str = "bfloat16",
     out: Path | None = None,
@@ -271,6 +306,24 @@ def report(
     if out is not None:
         out.write_text(json.dumps(told, indent=2) + "\n")
     return told
+
+
+def table(told: Mapping[str, Any]) -> str:
+    """The cells of a report as a Markdown table of right answers per cent; what misses is in brackets."""
+    lengths = sorted({cell["tokens"] for cell in told["cells"]})
+    shares = {
+        (cell["name"], cell["tokens"]): f"{100 * cell['accuracy']:.1f}"
+        if cell["reached"]
+        else f"({100 * cell['accuracy']:.1f})"
+        for cell in told["cells"]
+    }
+    names = dict.fromkeys(cell["name"] for cell in told["cells"])
+    head = [
+        "| task | " + " | ".join(f"{n // 1024}K" for n in lengths) + " |",
+        "|---" * (len(lengths) + 1) + "|",
+    ]
+    rows = [f"| {name} | " + " | ".join(shares.get((name, n), "") for n in lengths) + " |" for name in names]
+    return "\n".join(head + rows) + "\n"
 
 
 def _commit() -> str | None:
