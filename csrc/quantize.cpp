@@ -1,7 +1,8 @@
-// Work goes in pieces of a few rows that stay in the first-level cache: bounds, then what encodes them,
-// then codes of one byte each, then packing; and back. Vectors are GCC/Clang vector extensions, one
-// source for every instruction set. All sets give bit for bit the reference's result: the arithmetic is
-// single IEEE operations in a fixed order, which contraction to fused ones would change.
+// Work goes in pieces of a few rows that stay in the first-level cache: first the bounds of every group,
+// then its zero and scale, then the codes; and back. Runs of channels that share a factor and fill whole
+// vectors take the path for pairs, any others one value at a time. Every instruction set gives bit for bit
+// the reference's result: the arithmetic is single IEEE operations in a fixed order, which contraction to
+// fused ones would change.
 #include "quantize.h"
 
 #include <algorithm>
@@ -46,22 +47,26 @@ inline void narrow(float f, uint16_t& out) {  // to nearest even; f is finite
   out = uint16_t((b + 0x7fffu + ((b >> 16) & 1)) >> 16);
 }
 
-// To bfloat16, downwards and away from zero.
-inline float floor_bf16(float f) {
-  const uint32_t b = bits_of(f);
-  return float_of((b + (b >> 31) * 0xffffu) & 0xffff0000u);
+// To bfloat16: the largest not above, and the smallest not below a value that is not negative.
+inline F floor_bf16(F v) {
+  const U b = (U)v;
+  return (F)((b + (b >> 31) * 0xffffu) & 0xffff0000u);
 }
-inline float outward_bf16(float f) { return float_of((bits_of(f) + 0xffffu) & 0xffff0000u); }
+inline F ceil_bf16(F v) { return (F)(((U)v + 0xffffu) & 0xffff0000u); }
 
 // A value is (code - offset) * scale + zero; the symmetric form has no zero, the other no offset.
 struct Form {
   int bits, offset;
   float levels;  // largest code of the asymmetric form, largest magnitude of the symmetric one
+  // Adding 1.5 * 2^23 leaves a value, rounded to the nearest even integer, in the low bits of the float.
+  // The offset is even, so adding it in the same step does not change which way a half is rounded.
+  float round;
   bool symmetric;
   explicit Form(const QuantizeArgs& a)
       : bits(a.bits),
         offset(a.zero.data ? 0 : 1 << (a.bits - 1)),
         levels(float(a.zero.data ? (1 << a.bits) - 1 : (1 << (a.bits - 1)) - 1)),
+        round(12582912.0f + float(offset)),
         symmetric(!a.zero.data) {}
 };
 
@@ -70,108 +75,133 @@ struct Scratch {
   std::vector<uint8_t> codes;
   std::vector<uint8_t> row;
   Scratch(int64_t groups, int64_t height, int64_t width)
-      : low(groups),
-        high(groups),
-        zero(groups),
-        scale(groups),
-        inverse(groups),
+      : low(groups + kLanes),
+        high(groups + kLanes),
+        zero(groups + kLanes),
+        scale(groups + kLanes),
+        inverse(groups + kLanes),
         codes(height * width),
         row(width * 4 + 64) {}
 };
 
 // From the bounds of groups to what encodes them. Zero and scale are rounded outwards before they are
-// used, so every value lies within the codes and the error is at most half a scale.
-void fit(const Form& form, int64_t groups, const float* __restrict low, const float* __restrict high,
-         float* __restrict zero, float* __restrict scale, float* __restrict inverse) {
-  for (int64_t g = 0; g < groups; ++g) {
-    const float base = form.symmetric ? 0.0f : floor_bf16(low[g]);
-    const float below = -low[g], above = high[g] - base;
-    const float reach = form.symmetric && below > above ? below : above;
+// used, so every value lies within the codes and the error is at most half a scale. Whole vectors are
+// computed: all arrays have room for one more.
+void fit(const Form& form, int64_t groups, const float* low, const float* high, float* zero, float* scale,
+         float* inverse) {
+  const F none = {};
+  for (int64_t g = 0; g < groups; g += kLanes) {
+    const F lowest = load<F>(low + g);
+    const F base = form.symmetric ? none : floor_bf16(lowest);
+    const F above = load<F>(high + g) - base;
+    const F reach = form.symmetric ? largest(-lowest, above) : above;
     // Not smaller than 2^-100, so that its inverse is finite.
-    const float step = reach / form.levels, least = step > 0x1p-100f ? step : 0x1p-100f;
-    zero[g] = base;
-    scale[g] = reach > 0.0f ? outward_bf16(least) : 0.0f;
-    inverse[g] = reach > 0.0f ? 1.0f / scale[g] : 0.0f;
+    const F step = ceil_bf16(largest(reach / form.levels, 0x1p-100f - none));
+    store(zero + g, base);
+    store(scale + g, reach > 0.0f ? step : none);
+    store(inverse + g, reach > 0.0f ? 1.0f / step : none);
   }
 }
+
+// ---- Bounds
 
 template <class T>
 void bounds(const T* x, int64_t count, float& low, float& high) {
   low = high = widen(x[0]);
-  int64_t i = 0;
-  if (count >= kLanes) {
-    F lo = widened(x), hi = lo;
-    for (i = kLanes; i + kLanes <= count; i += kLanes) {
-      const F v = widened(x + i);
-      lo = least(v, lo), hi = largest(v, hi);
-    }
-#if WINNOW_ISA_avx512
-    low = _mm512_reduce_min_ps(lo), high = _mm512_reduce_max_ps(hi);
-#else
-    for (int lane = 0; lane < kLanes; ++lane) low = std::min(low, lo[lane]), high = std::max(high, hi[lane]);
-#endif
+  for (int64_t i = 1; i < count; ++i) low = std::min(low, widen(x[i])), high = std::max(high, widen(x[i]));
+}
+
+template <class T>
+void bounds_of_pairs(const T* x, int64_t count, F& low, F& high) {
+  Pairs v = load_pairs(x);
+  low = least(v.even, v.odd), high = largest(v.even, v.odd);
+  for (int64_t i = 2 * kLanes; i < count; i += 2 * kLanes) {
+    v = load_pairs(x + i);
+    low = least(least(v.even, v.odd), low), high = largest(largest(v.even, v.odd), high);
   }
-  for (; i < count; ++i) low = std::min(low, widen(x[i])), high = std::max(high, widen(x[i]));
 }
 
 // Bounds of every channel over `rows` rows, `stride` elements apart; four rows share a pass over them.
-template <class T>
+// In pairs, the bounds of the even channels of a vector come before those of the odd ones.
+template <bool pairs, class T>
 void channel_bounds(const T* x, int64_t stride, int64_t rows, int64_t width, float* low, float* high) {
-  for (int64_t i = 0; i < width; ++i) low[i] = high[i] = widen(x[i]);
+  std::fill(low, low + width, std::numeric_limits<float>::infinity());
+  std::fill(high, high + width, -std::numeric_limits<float>::infinity());
   for (int64_t r = 0; r < rows; r += 4) {
     const int64_t together = std::min<int64_t>(4, rows - r);
-    int64_t i = 0;
-    for (; i + kLanes <= width; i += kLanes) {
-      F lo = load<F>(low + i), hi = load<F>(high + i);
-      for (int64_t m = 0; m < together; ++m) {
-        const F v = widened(x + (r + m) * stride + i);
-        lo = least(v, lo), hi = largest(v, hi);
+    if (pairs) {
+      for (int64_t i = 0; i < width; i += 2 * kLanes) {
+        Pairs lo{load<F>(low + i), load<F>(low + i + kLanes)}, hi{load<F>(high + i), load<F>(high + i + kLanes)};
+        for (int64_t m = 0; m < together; ++m) {
+          const Pairs v = load_pairs(x + (r + m) * stride + i);
+          lo = {least(v.even, lo.even), least(v.odd, lo.odd)};
+          hi = {largest(v.even, hi.even), largest(v.odd, hi.odd)};
+        }
+        store(low + i, lo.even), store(low + i + kLanes, lo.odd);
+        store(high + i, hi.even), store(high + i + kLanes, hi.odd);
       }
-      store(low + i, lo), store(high + i, hi);
-    }
-    for (; i < width; ++i) {
+    } else {
       for (int64_t m = 0; m < together; ++m) {
-        const float v = widen(x[(r + m) * stride + i]);
-        low[i] = std::min(low[i], v), high[i] = std::max(high[i], v);
+        const T* row = x + (r + m) * stride;
+        for (int64_t i = 0; i < width; ++i)
+          low[i] = std::min(low[i], widen(row[i])), high[i] = std::max(high[i], widen(row[i]));
       }
     }
   }
 }
 
-// A factor that a run of channels shares, or one for each channel.
+// ---- Codes
+
+// A factor that a run of channels shares, or one for each channel (in pairs: even ones first).
 struct Shared {
   float value;
-  F vector(int64_t) const { return value - F{}; }
+  Pairs pairs(int64_t) const { return {value - F{}, value - F{}}; }
   float operator[](int64_t) const { return value; }
 };
 struct Each {
   const float* values;
-  F vector(int64_t i) const { return load<F>(values + i); }
+  Pairs pairs(int64_t i) const { return {load<F>(values + i), load<F>(values + i + kLanes)}; }
   float operator[](int64_t i) const { return values[i]; }
 };
 
-// Adding 1.5 * 2^23 leaves a value, rounded to the nearest even integer, in the low bits.
-constexpr float kRound = 12582912.0f;
-
 template <class T, class Factor>
-void encode(const T* x, int64_t count, Factor zero, Factor inverse, int offset, uint8_t* codes) {
-  int64_t i = 0;
-  for (; i + kLanes <= count; i += kLanes) {
-    const F value = (widened(x + i) - zero.vector(i)) * inverse.vector(i) + kRound;
-    to_bytes(codes + i, (U)value + uint32_t(offset));
+void encode(const T* x, int64_t count, Factor zero, Factor inverse, const Form& form, uint8_t* codes) {
+  const uint32_t mask = (1u << form.bits) - 1;  // what NaN leaves must not reach its neighbours
+  for (int64_t i = 0; i < count; ++i)
+    codes[i] = uint8_t(bits_of((widen(x[i]) - zero[i]) * inverse[i] + form.round) & mask);
+}
+
+// Two codes meet in a lane: packed bytes for 4 bits, words of two bytes for 8, and for 2 bits half bytes
+// that are yet to be packed like codes of 4.
+template <int bits, class T, class Factor>
+void encode_pairs(const T* x, int64_t count, Factor zero, Factor inverse, float round, uint8_t* out) {
+  constexpr uint32_t mask = (1u << bits) - 1;
+  for (int64_t i = 0; i < count; i += 2 * kLanes) {
+    const Pairs v = load_pairs(x + i), z = zero.pairs(i), f = inverse.pairs(i);
+    const U even = (U)((v.even - z.even) * f.even + round), odd = (U)((v.odd - z.odd) * f.odd + round);
+    const U both = (even & mask) | (odd & mask) << bits;
+    if (bits == 8) {
+      to_words(reinterpret_cast<uint16_t*>(out + i), both);
+    } else {
+      to_bytes(out + i / 2, both);
+    }
   }
-  for (; i < count; ++i)
-    codes[i] = uint8_t(bits_of((widen(x[i]) - zero[i]) * inverse[i] + kRound) + uint32_t(offset));
 }
 
 template <class T, class Factor>
 void decode(const uint8_t* codes, int64_t count, Factor zero, Factor scale, int offset, T* x) {
-  int64_t i = 0;
-  for (; i + kLanes <= count; i += kLanes) {
-    const I code = (I)from_bytes(codes + i) - offset;
-    store_narrowed(x + i, __builtin_convertvector(code, F) * scale.vector(i) + zero.vector(i));
+  for (int64_t i = 0; i < count; ++i) narrow(float(int(codes[i]) - offset) * scale[i] + zero[i], x[i]);
+}
+
+template <int bits, class T, class Factor>
+void decode_pairs(const uint8_t* codes, int64_t count, Factor zero, Factor scale, int offset, T* x) {
+  for (int64_t i = 0; i < count; i += 2 * kLanes) {
+    const U both = bits == 8 ? from_words(reinterpret_cast<const uint16_t*>(codes + i)) : from_bytes(codes + i / 2);
+    const I even = (I)(both & ((1u << bits) - 1)) - offset, odd = (I)(both >> bits) - offset;
+    const Pairs z = zero.pairs(i), f = scale.pairs(i);
+    store_pairs(x + i, {__builtin_convertvector(even, F) * f.even + z.even,
+                        __builtin_convertvector(odd, F) * f.odd + z.odd});
   }
-  for (; i < count; ++i) narrow(float(int(codes[i]) - offset) * scale[i] + zero[i], x[i]);
 }
 
 // Neighbouring channels share a byte, the first in its low bits. (Little-endian loads.)
@@ -186,10 +216,6 @@ void pack(int bits, const uint8_t* codes, int64_t width, uint8_t* out) {
     }
     for (; i < width; i += 2) out[i / 2] = uint8_t(codes[i] | codes[i + 1] << 4);
   } else {
-    for (; i + kBytes <= width; i += kBytes) {
-      const U four = load<U>(codes + i);
-      to_bytes(out + i / 4, four | four >> 6 | four >> 12 | four >> 18);
-    }
     for (; i < width; i += 4)
       out[i / 4] = uint8_t(codes[i] | codes[i + 1] << 2 | codes[i + 2] << 4 | codes[i + 3] << 6);
   }
@@ -206,10 +232,6 @@ const uint8_t* unpack(int bits, const uint8_t* packed, int64_t width, uint8_t* c
     }
     for (; i < width; ++i) codes[i] = packed[i / 2] >> i % 2 * 4 & 15;
   } else {
-    for (; i + kBytes <= width; i += kBytes) {
-      const U b = from_bytes(packed + i / 4);
-      store(codes + i, (b | b << 6 | b << 12 | b << 18) & 0x03030303u);
-    }
     for (; i < width; ++i) codes[i] = packed[i / 4] >> i % 4 * 2 & 3;
   }
   return codes;
@@ -226,44 +248,6 @@ void load_bf16(const uint16_t* __restrict from, int64_t count, float* __restrict
 template <class T>
 inline T* row_of(const Plane& p, int64_t o, int64_t r) {
   return static_cast<T*>(p.data) + o * p.outer_stride + r * p.row_stride;
-}
-
-// ---- Rows first..last - 1 of one outer index.
-
-// After all their codes: reading codes back just behind their narrower stores would stall.
-void pack_rows(const QuantizeArgs& a, const Scratch& s, int64_t o, int64_t first, int64_t last) {
-  for (int64_t r = first; r < last; ++r)
-    pack(a.bits, s.codes.data() + (r - first) * a.width, a.width, row_of<uint8_t>(a.codes, o, r));
-}
-
-template <class T>
-void quantize_tokens(const QuantizeArgs& a, const Form& form, Scratch& s, int64_t o, int64_t first, int64_t last) {
-  const int64_t per_row = a.width / a.group;
-  for (int64_t r = first, g = 0; r < last; ++r)
-    for (int64_t c = 0; c < per_row; ++c, ++g)
-      bounds(row_of<const T>(a.x, o, r) + c * a.group, a.group, s.low[g], s.high[g]);
-  fit(form, (last - first) * per_row, s.low.data(), s.high.data(), s.zero.data(), s.scale.data(), s.inverse.data());
-  uint8_t* codes = s.codes.data();
-  for (int64_t r = first, g = 0; r < last; ++r) {
-    store_bf16(&s.scale[g], per_row, row_of<uint16_t>(a.scale, o, r));
-    if (a.zero.data) store_bf16(&s.zero[g], per_row, row_of<uint16_t>(a.zero, o, r));
-    for (int64_t c = 0; c < per_row; ++c, ++g, codes += a.group)
-      encode(row_of<const T>(a.x, o, r) + c * a.group, a.group, Shared{s.zero[g]}, Shared{s.inverse[g]},
-             form.offset, codes);
-  }
-  pack_rows(a, s, o, first, last);
-}
-
-template <class T>
-void quantize_channels(const QuantizeArgs& a, const Form& form, Scratch& s, int64_t o, int64_t first, int64_t last) {
-  channel_bounds(row_of<const T>(a.x, o, first), a.x.row_stride, last - first, a.width, s.low.data(), s.high.data());
-  fit(form, a.width, s.low.data(), s.high.data(), s.zero.data(), s.scale.data(), s.inverse.data());
-  store_bf16(s.scale.data(), a.width, row_of<uint16_t>(a.scale, o, first / a.group));
-  if (a.zero.data) store_bf16(s.zero.data(), a.width, row_of<uint16_t>(a.zero, o, first / a.group));
-  for (int64_t r = first; r < last; ++r)
-    encode(row_of<const T>(a.x, o, r), a.width, Each{s.zero.data()}, Each{s.inverse.data()}, form.offset,
-           s.codes.data() + (r - first) * a.width);
-  pack_rows(a, s, o, first, last);
 }
 
 // Where results go around the caches they pass through a row of scratch.
@@ -302,38 +286,168 @@ struct Sink {
 #endif
 };
 
-template <class T>
-void dequantize_tokens(const QuantizeArgs& a, const Form& form, Scratch& s, int64_t o, int64_t first, int64_t last) {
+// Even channels of each vector before the odd ones, as pairs want their factors.
+void split(const float* from, int64_t count, float* to) {
+  const Lanes lanes;
+  for (int64_t i = 0; i < count; i += 2 * kLanes) {
+    const F a = load<F>(from + i), b = load<F>(from + i + kLanes);
+    store(to + i, shuffle(a, b, lanes.even)), store(to + i + kLanes, shuffle(a, b, lanes.odd));
+  }
+}
+void join(const float* from, int64_t count, float* to) {
+  const Lanes lanes;
+  for (int64_t i = 0; i < count; i += 2 * kLanes) {
+    const F even = load<F>(from + i), odd = load<F>(from + i + kLanes);
+    store(to + i, shuffle(even, odd, lanes.low)), store(to + i + kLanes, shuffle(even, odd, lanes.high));
+  }
+}
+
+// ---- Rows first..last - 1 of one outer index. `bits` is 0 where values go one at a time.
+
+struct Rows {
+  int64_t outer, first, last;
+};
+
+// What `encode` or `encode_pairs` left for a row, at its final density. Done after all rows of a piece:
+// reading codes back just behind their narrower stores would stall.
+template <int bits>
+void pack_rows(const QuantizeArgs& a, const Scratch& s, Rows p) {
+  for (int64_t r = p.first; r < p.last; ++r) {
+    const uint8_t* codes = s.codes.data() + (r - p.first) * a.width;
+    uint8_t* out = row_of<uint8_t>(a.codes, p.outer, r);
+    if (bits == 2) pack(4, codes, a.width / 2, out);
+    if (bits == 0) pack(a.bits, codes, a.width, out);
+  }
+}
+
+template <int bits, class T, class Factor>
+void encode_run(const Form& form, const T* x, int64_t count, Factor zero, Factor inverse,
+                uint8_t* staged, uint8_t* out) {
+  if (bits == 8 || bits == 4) return encode_pairs<bits>(x, count, zero, inverse, form.round, out);
+  if (bits == 2) return encode_pairs<2>(x, count, zero, inverse, form.round, staged);
+  encode(x, count, zero, inverse, form, staged);
+}
+
+// The bounds of all groups of some rows, row by row.
+template <int bits, class T>
+void token_bounds(const QuantizeArgs& a, Scratch& s, Rows p) {
+  F low[kLanes], high[kLanes];
+  int64_t g = 0;
+  for (int64_t r = p.first; r < p.last; ++r) {
+    const T* x = row_of<const T>(a.x, p.outer, r);
+    for (int64_t c = 0; c < a.width; c += a.group, ++g) {
+      if (bits == 0) {
+        bounds(x + c, a.group, s.low[g], s.high[g]);
+        continue;
+      }
+      bounds_of_pairs(x + c, a.group, low[g % kLanes], high[g % kLanes]);
+      if (g % kLanes == kLanes - 1) {
+        reduce_each(low, least), reduce_each(high, largest);
+        store(&s.low[g + 1 - kLanes], low[0]), store(&s.high[g + 1 - kLanes], high[0]);
+      }
+    }
+  }
+  if (bits != 0 && g % kLanes) {
+    std::fill(low + g % kLanes, low + kLanes, F{}), std::fill(high + g % kLanes, high + kLanes, F{});
+    reduce_each(low, least), reduce_each(high, largest);
+    store(&s.low[g / kLanes * kLanes], low[0]), store(&s.high[g / kLanes * kLanes], high[0]);
+  }
+}
+
+// One row of factors after the other, or all at once where they lie so.
+void store_factors(const Plane& to, const float* values, int64_t per_row, Rows p) {
+  if (to.row_stride == per_row)
+    return store_bf16(values, (p.last - p.first) * per_row, row_of<uint16_t>(to, p.outer, p.first));
+  for (int64_t r = p.first; r < p.last; ++r, values += per_row)
+    store_bf16(values, per_row, row_of<uint16_t>(to, p.outer, r));
+}
+
+template <int bits, class T>
+void quantize_tokens(const QuantizeArgs& a, const Form& form, Scratch& s, Rows p) {
   const int64_t per_row = a.width / a.group;
+  token_bounds<bits, T>(a, s, p);
+  fit(form, (p.last - p.first) * per_row, s.low.data(), s.high.data(), s.zero.data(), s.scale.data(),
+      s.inverse.data());
+  store_factors(a.scale, s.scale.data(), per_row, p);
+  if (a.zero.data) store_factors(a.zero, s.zero.data(), per_row, p);
+  const float *zero = s.zero.data(), *inverse = s.inverse.data();
+  for (int64_t r = p.first; r < p.last; ++r) {
+    const T* x = row_of<const T>(a.x, p.outer, r);
+    uint8_t* out = row_of<uint8_t>(a.codes, p.outer, r);
+    uint8_t* staged = s.codes.data() + (r - p.first) * a.width;
+    for (int64_t c = 0; c < a.width; c += a.group, ++zero, ++inverse)
+      encode_run<bits>(form, x + c, a.group, Shared{*zero}, Shared{*inverse}, staged + (bits == 2 ? c / 2 : c),
+                       out + c * bits / 8);
+  }
+  pack_rows<bits>(a, s, p);
+}
+
+template <int bits, class T>
+void quantize_channels(const QuantizeArgs& a, const Form& form, Scratch& s, Rows p) {
+  channel_bounds<bits != 0>(row_of<const T>(a.x, p.outer, p.first), a.x.row_stride, p.last - p.first, a.width,
+                            s.low.data(), s.high.data());
+  fit(form, a.width, s.low.data(), s.high.data(), s.zero.data(), s.scale.data(), s.inverse.data());
+  const float *scale = s.scale.data(), *zero = s.zero.data();
+  if (bits != 0) {
+    join(scale, a.width, s.low.data()), join(zero, a.width, s.high.data());
+    scale = s.low.data(), zero = s.high.data();
+  }
+  store_bf16(scale, a.width, row_of<uint16_t>(a.scale, p.outer, p.first / a.group));
+  if (a.zero.data) store_bf16(zero, a.width, row_of<uint16_t>(a.zero, p.outer, p.first / a.group));
+  for (int64_t r = p.first; r < p.last; ++r)
+    encode_run<bits>(form, row_of<const T>(a.x, p.outer, r), a.width, Each{s.zero.data()}, Each{s.inverse.data()},
+                     s.codes.data() + (r - p.first) * a.width, row_of<uint8_t>(a.codes, p.outer, r));
+  pack_rows<bits>(a, s, p);
+}
+
+// The codes of a row as `decode` or `decode_pairs` wants them.
+template <int bits>
+const uint8_t* codes_of(const QuantizeArgs& a, Scratch& s, int64_t o, int64_t r) {
+  const uint8_t* packed = row_of<const uint8_t>(a.codes, o, r);
+  if (bits == 2) return unpack(4, packed, a.width / 2, s.codes.data());
+  return bits == 0 ? unpack(a.bits, packed, a.width, s.codes.data()) : packed;
+}
+
+template <int bits, class T, class Factor>
+void decode_run(const Form& form, const uint8_t* codes, int64_t at, int64_t count, Factor zero, Factor scale, T* x) {
+  if (bits == 0) return decode(codes + at, count, zero, scale, form.offset, x);
+  decode_pairs<bits ? bits : 8>(codes + (bits == 8 ? at : at / 2), count, zero, scale, form.offset, x);
+}
+
+template <int bits, class T>
+void dequantize_tokens(const QuantizeArgs& a, const Form& form, Scratch& s, Rows p) {
   Sink<T> sink(a, s);
-  for (int64_t r = first; r < last; ++r) {
-    const uint8_t* codes = unpack(form.bits, row_of<const uint8_t>(a.codes, o, r), a.width, s.codes.data());
-    const uint16_t* scale = row_of<const uint16_t>(a.scale, o, r);
-    const uint16_t* zero = a.zero.data ? row_of<const uint16_t>(a.zero, o, r) : nullptr;
-    T* target = row_of<T>(a.x, o, r);
+  for (int64_t r = p.first; r < p.last; ++r) {
+    const uint8_t* codes = codes_of<bits>(a, s, p.outer, r);
+    const uint16_t* scale = row_of<const uint16_t>(a.scale, p.outer, r);
+    const uint16_t* zero = a.zero.data ? row_of<const uint16_t>(a.zero, p.outer, r) : nullptr;
+    T* target = row_of<T>(a.x, p.outer, r);
     T* out = sink.begin(target);
-    for (int64_t c = 0; c < per_row; ++c)
-      decode(codes + c * a.group, a.group, Shared{zero ? widen(zero[c]) : 0.0f}, Shared{widen(scale[c])},
-             form.offset, out + c * a.group);
+    for (int64_t c = 0, g = 0; c < a.width; c += a.group, ++g)
+      decode_run<bits>(form, codes, c, a.group, Shared{zero ? widen(zero[g]) : 0.0f}, Shared{widen(scale[g])}, out + c);
     sink.end(target, a.width);
   }
 }
 
-template <class T>
-void dequantize_channels(const QuantizeArgs& a, const Form& form, Scratch& s, int64_t o, int64_t first, int64_t last) {
-  load_bf16(row_of<const uint16_t>(a.scale, o, first / a.group), a.width, s.scale.data());
+template <int bits, class T>
+void dequantize_channels(const QuantizeArgs& a, const Form& form, Scratch& s, Rows p) {
+  load_bf16(row_of<const uint16_t>(a.scale, p.outer, p.first / a.group), a.width, s.scale.data());
   std::fill(s.zero.begin(), s.zero.begin() + a.width, 0.0f);
-  if (a.zero.data) load_bf16(row_of<const uint16_t>(a.zero, o, first / a.group), a.width, s.zero.data());
+  if (a.zero.data) load_bf16(row_of<const uint16_t>(a.zero, p.outer, p.first / a.group), a.width, s.zero.data());
+  const float *scale = s.scale.data(), *zero = s.zero.data();
+  if (bits != 0) {
+    split(scale, a.width, s.low.data()), split(zero, a.width, s.high.data());
+    scale = s.low.data(), zero = s.high.data();
+  }
   Sink<T> sink(a, s);
-  for (int64_t r = first; r < last; ++r) {
-    const uint8_t* codes = unpack(form.bits, row_of<const uint8_t>(a.codes, o, r), a.width, s.codes.data());
-    T* target = row_of<T>(a.x, o, r);
-    decode(codes, a.width, Each{s.zero.data()}, Each{s.scale.data()}, form.offset, sink.begin(target));
+  for (int64_t r = p.first; r < p.last; ++r) {
+    T* target = row_of<T>(a.x, p.outer, r);
+    decode_run<bits>(form, codes_of<bits>(a, s, p.outer, r), 0, a.width, Each{zero}, Each{scale}, sink.begin(target));
     sink.end(target, a.width);
   }
 }
 
-using Piece = void (*)(const QuantizeArgs&, const Form&, Scratch&, int64_t, int64_t, int64_t);
+using Piece = void (*)(const QuantizeArgs&, const Form&, Scratch&, Rows);
 
 void in_pieces(const QuantizeArgs& a, Piece piece) {
   const int64_t height = a.by_channel ? a.group : kTile;
@@ -345,20 +459,37 @@ void in_pieces(const QuantizeArgs& a, Piece piece) {
     Scratch scratch(groups, height, a.width);
 #pragma omp for schedule(static)
     for (int64_t i = 0; i < pieces; ++i) {
-      const int64_t o = i / per_outer, first = i % per_outer * height;
-      piece(a, form, scratch, o, first, std::min(first + height, a.rows));
+      const int64_t first = i % per_outer * height;
+      piece(a, form, scratch, {i / per_outer, first, std::min(first + height, a.rows)});
     }
   }
 }
 
+template <int bits>
+Piece quantizer(const QuantizeArgs& a) {
+  if (a.by_channel) return a.x_is_bf16 ? quantize_channels<bits, uint16_t> : quantize_channels<bits, float>;
+  return a.x_is_bf16 ? quantize_tokens<bits, uint16_t> : quantize_tokens<bits, float>;
+}
+
+template <int bits>
+Piece dequantizer(const QuantizeArgs& a) {
+  if (a.by_channel) return a.x_is_bf16 ? dequantize_channels<bits, uint16_t> : dequantize_channels<bits, float>;
+  return a.x_is_bf16 ? dequantize_tokens<bits, uint16_t> : dequantize_tokens<bits, float>;
+}
+
+bool takes_pairs(const QuantizeArgs& a) { return (a.by_channel ? a.width : a.group) % (2 * kLanes) == 0; }
+
 void quantize(const QuantizeArgs& a) {
-  if (a.x_is_bf16) return in_pieces(a, a.by_channel ? quantize_channels<uint16_t> : quantize_tokens<uint16_t>);
-  in_pieces(a, a.by_channel ? quantize_channels<float> : quantize_tokens<float>);
+  const int bits = takes_pairs(a) ? a.bits : 0;
+  in_pieces(a, bits == 8 ? quantizer<8>(a) : bits == 4 ? quantizer<4>(a) : bits == 2 ? quantizer<2>(a) : quantizer<0>(a));
 }
 
 void dequantize(const QuantizeArgs& a) {
-  if (a.x_is_bf16) return in_pieces(a, a.by_channel ? dequantize_channels<uint16_t> : dequantize_tokens<uint16_t>);
-  in_pieces(a, a.by_channel ? dequantize_channels<float> : dequantize_tokens<float>);
+  const int bits = takes_pairs(a) ? a.bits : 0;
+  in_pieces(a, bits == 8   ? dequantizer<8>(a)
+               : bits == 4 ? dequantizer<4>(a)
+               : bits == 2 ? dequantizer<2>(a)
+                           : dequantizer<0>(a));
 }
 
 }  // namespace

@@ -102,13 +102,63 @@ inline F least(F a, F b) { return a < b ? a : b; }
 inline F largest(F a, F b) { return a > b ? a : b; }
 #endif
 
-inline F widened(const float* p) { return load<F>(p); }
-inline F widened(const uint16_t* p) { return (F)(from_words(p) << 16); }
+// Lane numbers 0, 2, 4, .. of two vectors side by side, and interleaving them again.
+struct Lanes {
+  I even, odd, low, high;
+  Lanes() {
+    for (int i = 0; i < kLanes; ++i) {
+      even[i] = 2 * i, odd[i] = 2 * i + 1;
+      low[i] = i / 2 + i % 2 * kLanes, high[i] = low[i] + kLanes / 2;
+    }
+  }
+};
 
-inline void store_narrowed(float* p, F v) { store(p, v); }
-inline void store_narrowed(uint16_t* p, F v) {  // to nearest even; values are finite
+inline F shuffle(F a, F b, I lanes) {
+#if defined(__clang__)
+  F out;
+  for (int i = 0; i < kLanes; ++i) out[i] = lanes[i] < kLanes ? a[lanes[i]] : b[lanes[i] - kLanes];
+  return out;
+#else
+  return __builtin_shuffle(a, b, lanes);
+#endif
+}
+
+// 2 * kLanes consecutive values as those at even places and those at odd ones: neighbouring codes, which
+// share a byte, are then in the same lane, and neighbouring bfloat16 are the two halves of one.
+struct Pairs {
+  F even, odd;
+};
+
+inline Pairs load_pairs(const uint16_t* p) {
+  const U two = load<U>(p);
+  return {(F)(two << 16), (F)(two & 0xffff0000u)};
+}
+inline Pairs load_pairs(const float* p) {
+  const Lanes lanes;
+  const F a = load<F>(p), b = load<F>(p + kLanes);
+  return {shuffle(a, b, lanes.even), shuffle(a, b, lanes.odd)};
+}
+
+inline U rounded_bf16(F v) {  // in the high half of each lane, to nearest even; values are finite
   const U b = (U)v;
-  to_words(p, (b + 0x7fffu + ((b >> 16) & 1)) >> 16);
+  return b + 0x7fffu + ((b >> 16) & 1);
+}
+inline void store_pairs(uint16_t* p, Pairs v) {
+  store(p, (rounded_bf16(v.even) >> 16) | (rounded_bf16(v.odd) & 0xffff0000u));
+}
+inline void store_pairs(float* p, Pairs v) {
+  const Lanes lanes;
+  store(p, shuffle(v.even, v.odd, lanes.low));
+  store(p + kLanes, shuffle(v.even, v.odd, lanes.high));
+}
+
+// Reduces each of kLanes vectors to one value: v[0] holds them in order.
+template <class Op>
+inline void reduce_each(F* v, Op op) {
+  const Lanes lanes;
+  for (int n = kLanes / 2; n; n /= 2)
+    for (int g = 0; g < n; ++g)
+      v[g] = op(shuffle(v[2 * g], v[2 * g + 1], lanes.even), shuffle(v[2 * g], v[2 * g + 1], lanes.odd));
 }
 
 }  // namespace

@@ -157,14 +157,28 @@ def test_constant_groups(isa: str, value: float, symmetric: bool) -> None:
         torch.testing.assert_close(values, x, rtol=2**-7, atol=2.0**-100)
 
 
-def test_poison_stays_in_its_group(isa: str) -> None:
-    x = entries(64, 64)
-    clean = dequantize(quantize(x, bits=4, axis="token", group=32, backend="native"), torch.float32)
-    x[10, 40], x[20, 3] = torch.nan, torch.inf
-    values = dequantize(quantize(x, bits=4, axis="token", group=32, backend="native"), torch.float32)
-    touched = torch.zeros(64, 64, dtype=torch.bool)
-    touched[10, 32:] = touched[20, :32] = True
-    assert torch.equal(values[~touched], clean[~touched])
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("size", [64, 40])
+@pytest.mark.parametrize("axis", ["token", "channel"])
+def test_poison_stays_in_its_group(isa: str, axis: Axis, size: int, bits: int) -> None:
+    x = entries(size, size)
+    group = size // 2
+
+    def there_and_back() -> torch.Tensor:
+        q = quantize(x, bits=bits, axis=axis, group=group, backend="native")
+        return dequantize(q, torch.float32, backend="native")
+
+    clean = there_and_back()
+    x[10, 32], x[21, 3] = torch.nan, torch.inf
+    touched = torch.zeros(size, size, dtype=torch.bool)
+    for row, column in ((10, 32), (21, 3)):
+        if axis == "token":
+            touched[row, column // group * group :][:group] = True
+        else:
+            touched[row // group * group :, column][:group] = True
+    got = there_and_back()
+    assert torch.equal(got[~touched], clean[~touched])
+    assert not torch.equal(got[touched], clean[touched])
 
 
 def test_views_and_preallocated_output(isa: str) -> None:
