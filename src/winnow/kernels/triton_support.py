@@ -7,7 +7,8 @@ On a GPU a kernel's tile sizes come from Triton's autotuner. Under Triton's inte
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -40,6 +41,7 @@ __all__ = [
     "tl",
     "triton",
     "tuned",
+    "tuning",
 ]
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -83,18 +85,42 @@ def config(warps: int, stages: int, **tiles: int) -> Any:
     return triton.Config(tiles, num_warps=warps, num_stages=stages)
 
 
-class _Fixed:
-    """A kernel with its tile sizes given: the autotuner's place under the interpreter."""
+_tuning = True
 
-    def __init__(self, kernel: Any, tiles: Mapping[str, int]) -> None:
-        self.kernel, self.tiles = kernel, dict(tiles)
+
+@contextmanager
+def tuning(enabled: bool) -> Iterator[None]:
+    """Whether kernels called inside are timed for their tile sizes, or take the first that fits.
+
+    Checks that touch many shapes once would otherwise spend minutes on compiling.
+    """
+    global _tuning
+    before, _tuning = _tuning, enabled
+    try:
+        yield
+    finally:
+        _tuning = before
+
+
+class _Tiled:
+    """A kernel that gets its tile sizes when it is launched."""
+
+    def __init__(
+        self, kernel: Any, autotuned: Any, choose: Callable[[Mapping[str, Any]], dict[str, Any]]
+    ) -> None:
+        self.kernel, self.autotuned, self.choose = kernel, autotuned, choose
 
     def __getitem__(self, grid: Any) -> Callable[..., Any]:
-        def launch(*args: Any, **kwargs: Any) -> Any:
-            chosen = {**kwargs, **self.tiles}
+        if self.autotuned is not None and _tuning:
+            launch: Callable[..., Any] = self.autotuned[grid]
+            return launch
+
+        def launch_fixed(*args: Any, **kwargs: Any) -> Any:
+            call = dict(zip(self.kernel.arg_names, args, strict=False)) | kwargs
+            chosen = kwargs | self.choose(call)
             return self.kernel[grid(chosen) if callable(grid) else grid](*args, **chosen)
 
-        return launch
+        return launch_fixed
 
 
 def tuned(
@@ -116,23 +142,25 @@ def tuned(
         Tile sizes under the interpreter.
     keep : callable, optional
         ``keep(config, arguments)`` is False for configurations that do not fit the call; where
-        none fits, the first one is taken.
+        none fits, the last one is taken, which is the smallest.
     """
 
+    def fitting(candidates, call):
+        return [c for c in candidates if keep is None or keep(c, call)] or candidates[-1:]
+
     def prune(candidates, arguments, **keywords):
-        every = {**arguments, **keywords}
-        fitting = [c for c in candidates if keep is None or keep(c, every)]
-        return fitting or candidates[:1]
+        return fitting(candidates, {**arguments, **keywords})
 
     def decorate(kernel):
         if interpreted():
-            return _Fixed(kernel, small)
-        return triton.autotune(
+            return _Tiled(kernel, None, lambda call: dict(small))
+        autotuned = triton.autotune(
             configs=list(configs),
             key=list(key),
             prune_configs_by={"early_config_prune": prune},
             cache_results=True,
         )(kernel)
+        return _Tiled(kernel, autotuned, lambda call: fitting(list(configs), call)[0].all_kwargs())
 
     return decorate
 

@@ -35,6 +35,7 @@ from winnow.types import AttentionSpec, Blocks, Dense, Form, Partial, Segment, S
 
 __all__ = ["count_pairs", "prefill"]
 
+SHARED_BYTES = 227 * 1024  # of one program on sm_90; Triton skips what does not fit elsewhere
 FORMS = {Dense: 0, Window: 1, Blocks: 2, Stripes: 3}
 # The same numbers where kernels can see them.
 WINDOW, BLOCKS, STRIPES = (tl.constexpr(n) for n in (1, 2, 3))
@@ -46,14 +47,19 @@ def first_local(q_pos, local, align):
     return tl.where(align == 1, q_pos - local + 1, q_pos // align * align - (local - align))
 
 
-def _fits(block_m: int, block_n: int, call: Mapping[str, Any]) -> bool:
-    """Whether a tile suits a call: no larger than the lists' blocks, small for float32."""
-    if call["q"].dtype == torch.float32 and block_m * block_n * call["D"] > 32 * 16 * 128:
+def _fits(c: Any, call: Mapping[str, Any]) -> bool:
+    """Whether a tile suits a call: no larger than the lists' blocks or the card's shared memory."""
+    block_m, block_n, D = c.kwargs["BLOCK_M"], c.kwargs["BLOCK_N"], call["D"]
+    if call["FORM"] == FORMS[Blocks] and (
+        block_m > next_power_of_2(call["BLOCK"]) or call["BLOCK"] % block_n != 0
+    ):
+        return False
+    if call["q"].dtype == torch.float32:  # outside the matrix units, on registers
+        return bool(block_m * block_n * D <= 32 * 16 * 128)
+    if 2 * D * (block_m + 2 * c.num_stages * block_n) > SHARED_BYTES:
         return False
     rows = next_power_of_2(min(call["rows"], call["T"]))
-    if call["FORM"] == FORMS[Blocks]:
-        return block_m <= next_power_of_2(call["BLOCK"]) and call["BLOCK"] % block_n == 0
-    return block_m <= max(rows, 16) and (block_m >= 64 or rows < 64)
+    return bool(block_m <= max(rows, 16) and (block_m >= 64 or rows < 64 or call["FORM"] == FORMS[Blocks]))
 
 
 @tuned(
@@ -70,7 +76,7 @@ def _fits(block_m: int, block_n: int, call: Mapping[str, Any]) -> bool:
     ],
     key=["D", "G", "FORM", "BLOCK", "SIZE", "MODEL_WINDOW", "BIAS", "SOFTCAP", "POSITIONS"],
     small={"BLOCK_M": 32, "BLOCK_N": 32},
-    keep=lambda c, call: _fits(c.kwargs["BLOCK_M"], c.kwargs["BLOCK_N"], call),
+    keep=_fits,
 )
 @triton.jit(do_not_specialize=["T", "start", "window", "init", "local", "align", "rows", "phase"])
 def _prefill(
