@@ -23,6 +23,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from winnow import api
+from winnow.bench import llama_cpp
 from winnow.bench.machine import describe
 from winnow.engine.request import SamplingParams
 from winnow.engine.session import Session
@@ -173,8 +174,9 @@ CONTENDERS: dict[str, tuple[str, ...]] = {
         "winnow full",
         "winnow search",
         "winnow search, reused over layers",
+        "llama.cpp",
     ),
-    "prefill": ("hf dynamic", "winnow full", "winnow sparse prefill"),
+    "prefill": ("hf dynamic", "winnow full", "winnow sparse prefill", "llama.cpp"),
 }
 
 
@@ -216,8 +218,14 @@ def run(
         if name not in known:
             raise ValueError(f"unknown contender {name!r}; there are {', '.join(sorted(known))}")
 
+    missing = {"llama.cpp": why} if (why := llama_cpp.available()) else {}
+    for name in contenders or ():
+        if name in missing:
+            raise ValueError(missing[name])
+
     def chosen(what: str) -> list[str]:
-        return [name for name in CONTENDERS[what] if contenders is None or name in contenders]
+        wanted = [name for name in CONTENDERS[what] if contenders is None or name in contenders]
+        return [name for name in wanted if name not in missing]
 
     module = random_model(preset, seed=0, dtype=torch.bfloat16)
     recipes = _recipes(decode_at or 1, prefill or 1)
@@ -227,6 +235,8 @@ def run(
         if name not in made:
             if name.startswith("hf "):
                 made[name] = _HuggingFace(module, name.removeprefix("hf "))
+            elif name == "llama.cpp":
+                made[name] = llama_cpp.LlamaCpp(module, torch.get_num_threads())
             else:
                 made[name] = _Winnow(module, recipes[name])
         return made[name]
@@ -241,6 +251,7 @@ def run(
             "tokens": tokens,
         },
         "machine": describe(),
+        "missing": missing,
     }
     if decode_at:
         report["decode"] = _decode(chosen("decode"), contender, decode_at, rounds, tokens, progress)

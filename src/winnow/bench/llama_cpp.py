@@ -140,13 +140,13 @@ class LlamaCpp:
 
 
 def _be_quiet(lib: Any) -> None:
-    @lib.llama_log_callback
     def log(level: int, text: bytes, data: Any) -> None:
         pass
 
-    lib.llama_log_set(log, ctypes.c_void_p(0))
+    callback = lib.llama_log_callback(log)
+    lib.llama_log_set(callback, ctypes.c_void_p(0))
     # The library keeps a bare pointer: the callback must outlive it.
-    lib.winnow_log_callback = log
+    lib.winnow_log_callback = callback
 
 
 def _write_gguf(module: Any, path: Path) -> None:
