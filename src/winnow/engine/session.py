@@ -94,7 +94,7 @@ class Session:
 
         Raises
         ------
-        OSError
+        winnow.store.files.StoreFileError
             No space or no permission; a file that was there before is untouched.
         """
         self._check_open()
