@@ -23,7 +23,8 @@ namespace WINNOW_ISA {
 namespace {
 
 constexpr int kItemRows = 256;  // rows of an item that shares its panels
-constexpr int64_t kTileBytes = 128 << 10;
+constexpr int64_t kTileBytes = 128 << 10;  // packed keys and values of a tile
+constexpr double kOneThread = 2e6;        // multiplications
 constexpr int64_t kAhead = 32;  // entries that packing fetches ahead of what it reads
 constexpr int kListRows = 512;  // rows of an item that packs a gathered list: they pay for the packing
 
@@ -69,7 +70,9 @@ class Prefill {
     // A tile of keys and values stays in the second-level cache while every group of rows passes over it.
     tile_panels_ = std::clamp<int64_t>(kTileBytes / (2 * panel_words_ * 4), 4, kMaxPanels);
     gathers_ = a_.form == PrefillForm::lists && a_.unit % kPanel != 0;
-    threads_ = omp_get_max_threads();
+    // Waking other threads costs more than this much work.
+    const double products = static_cast<double>(a_.tokens) * a_.kv_heads * a_.group * longest_ * D_;
+    threads_ = products < kOneThread ? 1 : omp_get_max_threads();
     const int64_t rows = a_.tokens * a_.group;
     packs_ = gathers_ || (a_.form != PrefillForm::lists && rows <= kItemRows && a_.kv_heads >= threads_);
     item_rows_ = gathers_ ? kListRows : kItemRows;
@@ -91,7 +94,7 @@ class Prefill {
       for (int64_t h = 0; h < a_.kv_heads; ++h) add_items(h, items);
       const int64_t n = static_cast<int64_t>(items.size());
 #pragma omp parallel for schedule(dynamic, 1) reduction(+ : pairs) num_threads(threads_)
-      for (int64_t i = 0; i < n; ++i) pairs += attend_item(items[static_cast<size_t>(i)]);
+      for (int64_t i = 0; i < n; ++i) pairs += attend_item(items[static_cast<size_t>(i)], nullptr);
       return pairs;
     }
     const int64_t panels = (longest_ + kPanel - 1) / kPanel;
@@ -104,6 +107,8 @@ class Prefill {
       items.clear();
       add_items(h, items);
       find_needed(h, items, needed);
+      // Neighbours in the list of items share pages of the queries; runs of them where there are plenty.
+      const int64_t chunk = static_cast<int64_t>(items.size()) >= 64 * threads_ ? 4 : 1;
       const int64_t n_needed = static_cast<int64_t>(needed.size()), n = static_cast<int64_t>(items.size());
 #pragma omp parallel reduction(+ : pairs) num_threads(threads_)
       {
@@ -113,8 +118,9 @@ class Prefill {
           pack(h, p * kPanel, nullptr, packed_k_ + p * panel_words_, packed_v_ + p * panel_words_,
                packed_bias_ + p * kPanel);
         }
-#pragma omp for schedule(dynamic, 1)
-        for (int64_t i = 0; i < n; ++i) pairs += attend_item(items[static_cast<size_t>(i)]);
+#pragma omp for schedule(dynamic, chunk)
+        for (int64_t i = 0; i < n; ++i)
+          pairs += attend_item(items[static_cast<size_t>(i)], i + 1 < n ? &items[static_cast<size_t>(i) + 1] : nullptr);
       }
     }
     return pairs;
@@ -355,11 +361,13 @@ class Prefill {
     return panels;
   }
 
+  const Input* query(int64_t token, int64_t head) const {
+    return static_cast<const Input*>(a_.q) + token * a_.q_token + head * a_.q_head;
+  }
+
   void load_queries(const Item& item, uint32_t* q) const {
-    for (int64_t i = 0; i < item.tokens; ++i) {
-      const Input* token = static_cast<const Input*>(a_.q) + (item.token + i) * a_.q_token;
-      for (int64_t n = 0; n < item.heads; ++n, q += words_) Way::copy(q, token + (item.head + n) * a_.q_head, D_);
-    }
+    for (int64_t i = 0; i < item.tokens; ++i)
+      for (int64_t n = 0; n < item.heads; ++n, q += words_) Way::copy(q, query(item.token + i, item.head + n), D_);
   }
 
   Input* out_row(int64_t token, int64_t head) const {
@@ -380,7 +388,7 @@ class Prefill {
     }
   }
 
-  int64_t attend_item(const Item& item) const {
+  int64_t attend_item(const Item& item, const Item* next) const {
     Thread t;
     lay_out(scratch_.get() + omp_get_thread_num() * thread_bytes_, t);
     const int64_t panels = list_panels(item, t), rows = item.tokens * item.heads;
@@ -391,6 +399,10 @@ class Prefill {
       for (int64_t at = 0; at < item.heads * D_; at += 64 / static_cast<int64_t>(sizeof(Input)))
         __builtin_prefetch(out_row(item.token + i, item.head) + at, 1);  // written at the end: no waiting then
     load_queries(item, t.q);
+    if (next != nullptr)
+      for (int64_t i = 0; i < next->tokens; ++i)
+        for (int64_t at = 0; at < next->heads * D_; at += 64 / static_cast<int64_t>(sizeof(Input)))
+          __builtin_prefetch(query(next->token + i, next->head) + at, 0, 2);
     std::fill(t.o, t.o + rows * D_, 0.f);
     std::fill(t.m, t.m + rows, kNoMax);
     std::fill(t.l, t.l + rows * kLanes, 0.f);

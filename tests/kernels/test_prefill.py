@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -23,12 +25,32 @@ DENSE = Dense()
 pytestmark = pytest.mark.skipif(not ISAS, reason="the extension was not built")
 
 
+@contextmanager
+def forced(isa: str) -> Iterator[None]:
+    before = backend.extension().current_isa()
+    backend.force_isa(isa)
+    try:
+        yield
+    finally:
+        backend.force_isa(before)
+
+
 @pytest.fixture(params=ISAS or ["none"])
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    before = backend.extension().current_isa()
-    backend.force_isa(request.param)
-    yield request.param
-    backend.force_isa(before)
+    """For tests that call the kernel themselves; :func:`compare` goes through every set on its own."""
+    with forced(request.param):
+        yield request.param
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """The reference's products are too small to share; the native kernel then gets its threads back."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def make(
@@ -104,58 +126,70 @@ def compare(
     row_max: bool = False,
     **spec: Any,
 ) -> Partial:
-    """Native against the float32 reference of the same operands; returns the native result."""
+    """Native against the float32 reference of the same operands, on every instruction set.
+
+    Returns the result of the best set.
+    """
     attention = AttentionSpec(**{"scale": q.shape[-1] ** -0.5, **spec})
     exact = replace(segment, k=segment.k.float(), v=segment.v.float())
-    want = reference.prefill(q.float(), exact, attention, positions, form, row_max)
+    with one_thread():
+        want = reference.prefill(q.float(), exact, attention, positions, form, row_max)
     before = [x.clone() for x in (q, segment.k, segment.v, positions)]
-    got = prefill(
-        q,
-        segment,
-        spec=attention,
-        query_positions=positions,
-        form=form,
-        want_row_max=row_max,
-        backend="native",
-    )
-    for old, new in zip(before, (q, segment.k, segment.v, positions), strict=True):
-        torch.testing.assert_close(new, old, rtol=0, atol=0, equal_nan=True)
-    assert got.pairs == want.pairs
-    assert got.out.dtype == q.dtype
-    rtol, atol = OUTPUT[q.dtype]
-    torch.testing.assert_close(got.out.float(), want.out, rtol=rtol, atol=atol)
-    rtol, atol = LOG_SUM_EXP[q.dtype]
-    torch.testing.assert_close(got.lse, want.lse, rtol=rtol, atol=atol)
-    if row_max:
-        assert got.row_max is not None
-        torch.testing.assert_close(got.row_max, want.row_max, rtol=rtol, atol=atol)
-    else:
-        assert got.row_max is None
-    return got
+    results = []
+    for name in ISAS:
+        with forced(name):
+            got = prefill(
+                q,
+                segment,
+                spec=attention,
+                query_positions=positions,
+                form=form,
+                want_row_max=row_max,
+                backend="native",
+            )
+        for old, new in zip(before, (q, segment.k, segment.v, positions), strict=True):
+            torch.testing.assert_close(new, old, rtol=0, atol=0, equal_nan=True)
+        assert got.pairs == want.pairs, name
+        assert got.out.dtype == q.dtype
+        assert (got.row_max is not None) == row_max
+        rtol, atol = OUTPUT[q.dtype]
+        torch.testing.assert_close(got.out.float(), want.out, rtol=rtol, atol=atol, msg=partial(_say, name))
+        rtol, atol = LOG_SUM_EXP[q.dtype]
+        torch.testing.assert_close(got.lse, want.lse, rtol=rtol, atol=atol, msg=partial(_say, name))
+        if got.row_max is not None:
+            torch.testing.assert_close(
+                got.row_max, want.row_max, rtol=rtol, atol=atol, msg=partial(_say, name)
+            )
+        results.append(got)
+    return results[0]
+
+
+def _say(isa: str, message: str) -> str:
+    return f"on {isa}: {message}"
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16])
 @pytest.mark.parametrize("D", [16, 32, 64, 80, 96, 128, 256])
-def test_head_sizes(isa: str, dtype: torch.dtype, D: int) -> None:
+def test_head_sizes(dtype: torch.dtype, D: int) -> None:
     compare(*make(71, [300, 131], D=D, dtype=dtype), row_max=True)
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16])
 @pytest.mark.parametrize("G", [1, 3, 4, 16])
 @pytest.mark.parametrize("T", [1, 2, 7, 63, 130])
-def test_groups_and_lengths(isa: str, dtype: torch.dtype, G: int, T: int) -> None:
+def test_groups_and_lengths(dtype: torch.dtype, G: int, T: int) -> None:
     compare(*make(T, [T, max(T - 1, 0), T + 90], G=G, dtype=dtype))
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16])
-def test_long_rows_cross_many_tiles(isa: str, dtype: torch.dtype) -> None:
+def test_long_rows_cross_many_tiles(dtype: torch.dtype) -> None:
     compare(*make(1000, [1000], D=64, dtype=dtype))
-    compare(*make(5, [3001, 2999], D=64, dtype=dtype), row_max=True)
+    compare(*make(9, [3001, 2999], D=64, dtype=dtype), row_max=True)
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16])
 @pytest.mark.parametrize("gaps", [False, True])
-def test_positions_window_softcap_bias(isa: str, dtype: torch.dtype, gaps: bool) -> None:
+def test_positions_window_softcap_bias(dtype: torch.dtype, gaps: bool) -> None:
     case = make(90, [333, 0, 17, 256], dtype=dtype, start=11, gaps=gaps)
     compare(*case)
     compare(*case, window=40)
@@ -170,14 +204,14 @@ def test_positions_window_softcap_bias(isa: str, dtype: torch.dtype, gaps: bool)
     "form", [Window(init=4, local=64), Window(init=0, local=1), Window(init=70, local=33)]
 )
 @pytest.mark.parametrize("gaps", [False, True])
-def test_window(isa: str, dtype: torch.dtype, form: Window, gaps: bool) -> None:
+def test_window(dtype: torch.dtype, form: Window, gaps: bool) -> None:
     compare(*make(200, [200, 333, 90], dtype=dtype, gaps=gaps), form)
     compare(*make(600, [600], dtype=dtype, gaps=gaps), form, window=150)
     compare(*make(20, [1200, 40], dtype=dtype, gaps=gaps), form, row_max=True)
 
 
 @pytest.mark.parametrize("local", [32, 64, 160])
-def test_aligned_window(isa: str, local: int) -> None:
+def test_aligned_window(local: int) -> None:
     for T, lengths in ((150, [150, 301]), (40, [700, 9])):
         compare(*make(T, lengths), Window(init=5, local=local, align=32))
 
@@ -185,7 +219,7 @@ def test_aligned_window(isa: str, local: int) -> None:
 @pytest.mark.parametrize("dtype", [F32, BF16])
 @pytest.mark.parametrize("block", [16, 24, 64, 128])
 @pytest.mark.parametrize("T", [40, 300])
-def test_blocks(isa: str, dtype: torch.dtype, block: int, T: int) -> None:
+def test_blocks(dtype: torch.dtype, block: int, T: int) -> None:
     lengths = [300, 289]
     form = blocks(T, 4, min(lengths), block)
     compare(*make(T, lengths, dtype=dtype), form, row_max=True)
@@ -194,18 +228,18 @@ def test_blocks(isa: str, dtype: torch.dtype, block: int, T: int) -> None:
 
 @pytest.mark.parametrize("dtype", [F32, BF16])
 @pytest.mark.parametrize(("rows", "phase"), [(64, 0), (64, 40), (1000, 7), (1, 0)])
-def test_stripes(isa: str, dtype: torch.dtype, rows: int, phase: int) -> None:
+def test_stripes(dtype: torch.dtype, rows: int, phase: int) -> None:
     T, lengths = 130, [400, 391]
     form = stripes(T, 4, min(lengths), rows, phase)
     compare(*make(T, lengths, dtype=dtype), form, row_max=True)
     compare(*make(T, lengths, dtype=dtype, gaps=True, bias=True), form, softcap=5.0)
 
 
-def test_stripes_longer_than_an_item(isa: str) -> None:
+def test_stripes_longer_than_an_item() -> None:
     compare(*make(1300, [1300], dtype=BF16), stripes(1300, 2, 1300, 1024, 100, density=0.1))
 
 
-def test_everything_listed_equals_dense(isa: str) -> None:
+def test_everything_listed_equals_dense() -> None:
     case = make(200, [200, 200], dtype=BF16)
     dense = compare(*case)
     listed = compare(*case, blocks(200, 4, 200, 64, density=2.0))  # head 0's first list is left empty
@@ -216,7 +250,7 @@ def test_everything_listed_equals_dense(isa: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16])
-def test_rows_that_see_nothing(isa: str, dtype: torch.dtype) -> None:
+def test_rows_that_see_nothing(dtype: torch.dtype) -> None:
     q, segment, positions = make(40, [60, 0], dtype=dtype, start=100)
     got = compare(q, segment, positions - 80, row_max=True)  # queries at 40 .. 79: before the segment
     assert got.pairs == 0
@@ -227,7 +261,7 @@ def test_rows_that_see_nothing(isa: str, dtype: torch.dtype) -> None:
     assert far.pairs == 0
 
 
-def test_queries_far_behind_the_segment(isa: str) -> None:
+def test_queries_far_behind_the_segment() -> None:
     compare(*make(33, [500, 100], ahead=1000), Window(init=30, local=700))
 
 
@@ -238,7 +272,7 @@ def test_no_queries(isa: str) -> None:
     assert got.pairs == 0
 
 
-def test_strided_operands(isa: str) -> None:
+def test_strided_operands() -> None:
     q, segment, positions = make(50, [140, 77], dtype=BF16)
     wide = torch.full((50, 3, q.shape[1], 32), torch.nan, dtype=BF16)
     wide[:, 1] = q
@@ -249,7 +283,7 @@ def test_strided_operands(isa: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16])
-def test_rising_and_huge_logits(isa: str, dtype: torch.dtype) -> None:
+def test_rising_and_huge_logits(dtype: torch.dtype) -> None:
     """The reference exponent must follow a maximum that keeps growing, and survive large logits."""
     q, segment, positions = make(300, [900], D=64, dtype=dtype)
     ramp = torch.linspace(0.1, 3, 905)[None, :, None]
@@ -317,7 +351,7 @@ def test_two_segments_merge_to_one(
     torch.testing.assert_close(merged.lse, one.lse, rtol=rtol, atol=atol)
 
 
-def test_lists_out_of_order_are_refused(isa: str) -> None:
+def test_lists_out_of_order_are_refused() -> None:
     q, segment, positions = make(64, [128], G=1)
     for bad in ([1, 1], [1, 0], [-1, 0]):
         form = Blocks(
