@@ -118,7 +118,9 @@ def test_hierarchy_of_codecs_by_age_and_no_promotion() -> None:
             ("int8", "host", [256, 256]),
             ("raw", "host", [10, 10]),
         ]
-        store.apply(0, Plan(codec="int8", demote=6 * ENTRIES))  # lower ones stay what they are
+        # Lower ones stay what they are.
+        store.apply(0, Plan(codec="int8", demote=6 * ENTRIES))
+        store.apply(0, Plan(tier="host", demote=6 * ENTRIES))
         assert forms == [(s.codec, s.tier, s.lengths.tolist()) for s in store.segments(0)]
         for segment in store.segments(0):
             assert segment.start == int(segment.positions_of(0)[0])
