@@ -152,6 +152,28 @@ def test_stripes_with_gaps_bias_and_a_sliding_window() -> None:
     )
 
 
+@pytest.mark.parametrize("first", [30, 31, 32])
+def test_the_diagonal_meets_the_edge_of_a_tile(first: int) -> None:
+    """Tiles hold 32 entries: one entry decides whether a tile needs a mask."""
+    T, S = 34, first + 34
+    everything = torch.arange(S, dtype=torch.int32)
+    offsets = torch.tensor([[0, S, 2 * S], [2 * S, 3 * S, 4 * S]], dtype=torch.int32)
+    forms = (
+        Dense(),
+        Window(init=2, local=33),
+        Blocks(
+            block=32,
+            offsets=torch.tensor([[0, 2, 4], [4, 6, 8]], dtype=torch.int32),
+            columns=everything[:2].repeat(4),
+        ),
+        Stripes(rows=32, phase=0, offsets=offsets, columns=everything.repeat(4)),
+    )
+    for form in forms:
+        check(queries(T, 2, 16), segment([S], 16), PLAIN, positions(first, T), form)
+    windowed = replace(PLAIN, window=33)
+    check(queries(T, 2, 16), segment([S], 16), windowed, positions(first, T), Dense())
+
+
 def test_scattered_queries_see_no_later_entry() -> None:
     """Recomputed tokens are scattered over the prompt: the mask goes by position, not by row."""
     q_pos = torch.tensor([0, 1, 5, 6, 40, 41, 63, 64, 90, 99], dtype=torch.int32)
