@@ -197,10 +197,6 @@ class DiskArena(_Mapped):
         """Bytes that the file system says the file takes; for tests and diagnosis."""
         return os.fstat(self._fd).st_blocks * 512
 
-    def park(self) -> None:
-        """Let the process forget its pages; the file keeps them and reading brings them back."""
-        self._map.madvise(mmap.MADV_DONTNEED)
-
     def close(self) -> None:
         super().close()
         if self._open:
