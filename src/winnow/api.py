@@ -36,6 +36,7 @@ def load(
     backend: Backend = "auto",
     max_num_batched_tokens: int = 4096,
     max_num_seqs: int = 64,
+    long_positions: bool = False,
 ) -> LLM:
     """Load a model and put a recipe on it.
 
@@ -55,6 +56,9 @@ def load(
         Kernel implementation to demand.
     max_num_batched_tokens, max_num_seqs : int
         Limits of one engine step.
+    long_positions : bool
+        Let a model with longrope scaling use its whole length, on the frequencies of long
+        prompts; without it the model stays within its original length.
 
     Raises
     ------
@@ -63,7 +67,9 @@ def load(
     """
     if not isinstance(recipe, Recipe):
         recipe = Recipe() if recipe is None else methods.load(recipe)
-    language_model, text = load_model(model, dtype=dtype, device=device, runner=runner)
+    language_model, text = load_model(
+        model, dtype=dtype, device=device, runner=runner, long_positions=long_positions
+    )
     limits = Limits(max_num_batched_tokens=max_num_batched_tokens, max_num_seqs=max_num_seqs)
     return LLM(language_model, text, recipe, limits, backend)
 
