@@ -20,7 +20,7 @@ namespace winnow {
 namespace WINNOW_ISA {
 namespace {
 
-constexpr int TILE = 256;              // entries between two rescalings; its K and V rows stay in L2
+constexpr int TILE = 2048;             // entries between two rescalings: long, so that K and V are long streams
 constexpr int64_t MAX_CHUNK = 8192;    // entries
 constexpr int64_t MIN_CHUNK = 512;
 constexpr int64_t SERIAL_BYTES = 1 << 18;  // less than this is not worth waking a second thread
@@ -93,8 +93,10 @@ class Worker {
 
     const T* buffers[2][BLOCK];
     const T **now = buffers[0], **next = buffers[1];
-    if (n > 0) {
-      point(now, false, 0, n);
+    // The hardware's prefetcher follows a dense read better than prefetch instructions do, but not a list.
+    const bool hint = row.listed;
+    point(now, false, 0, n);
+    if (hint) {
       for (int i = 0; i < BLOCK; ++i) prefetch_row(now[i], dim_ * static_cast<int>(sizeof(T)));
     }
     for (int64_t tile = 0; tile < n; tile += TILE) {
@@ -103,7 +105,7 @@ class Worker {
         const bool more = at + BLOCK < end;
         point(next, !more, more ? at + BLOCK : tile, n);
         for (int p = 0; p < passes; ++p)
-          tile_logits<T>(passes_[p].queries, now, next, padded(end - at), passes_[p].heads, dim_,
+          tile_logits<T>(passes_[p].queries, now, hint ? next : nullptr, padded(end - at), passes_[p].heads, dim_,
                          passes_[p].logits + (at - tile) * HEADS);
         std::swap(now, next);
       }
@@ -112,8 +114,8 @@ class Worker {
         const bool more = at + BLOCK < end;
         point(next, more, more ? at + BLOCK : end, n);
         for (int p = 0; p < passes; ++p)
-          tile_values<T>(passes_[p].sums, passes_[p].logits + (at - tile) * HEADS, now, next, padded(end - at),
-                         passes_[p].heads, dim_);
+          tile_values<T>(passes_[p].sums, passes_[p].logits + (at - tile) * HEADS, now, hint ? next : nullptr,
+                         padded(end - at), passes_[p].heads, dim_);
         std::swap(now, next);
       }
     }
@@ -131,6 +133,7 @@ class Worker {
 
  private:
   struct Pass {
+    Pass() {}  // leaves the large buffers as they are
     Queries<T> queries;
     Sums<T> sums;
     alignas(64) float logits[TILE * HEADS];  // then probabilities

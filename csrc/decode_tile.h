@@ -18,6 +18,13 @@ namespace winnow {
 namespace WINNOW_ISA {
 namespace {
 
+// Inlined into their callers these loops lose registers and the order of their loads.
+#ifdef __GNUC__
+#define WINNOW_NOINLINE __attribute__((noinline))
+#else
+#define WINNOW_NOINLINE
+#endif
+
 constexpr int HEADS = 4;      // query heads per pass; logits and probabilities lie as [entry][HEADS]
 constexpr int BLOCK = 64;     // rows per call of the inner loops
 constexpr int MAX_DIM = 256;
@@ -110,7 +117,7 @@ template <typename T>
 void tile_logits(const Queries<T>& queries, const T* const* rows, const T* const* ahead, int n, int heads, int dim,
                  float* logits) {
   for (int i = 0; i < n; ++i) {
-    prefetch_row(ahead[i], dim * static_cast<int>(sizeof(T)));
+    if (ahead) prefetch_row(ahead[i], dim * static_cast<int>(sizeof(T)));
     alignas(64) float row[MAX_DIM];
     for (int d = 0; d < dim; ++d) row[d] = to_float(rows[i][d]);
     for (int g = 0; g < HEADS; ++g) {
@@ -131,7 +138,7 @@ void tile_values(Sums<T>& sums, const float* p, const T* const* rows, const T* c
   for (int i = 0; i < n; i += 4) {
     alignas(64) float row[4][MAX_DIM];
     for (int j = 0; j < 4; ++j) {
-      prefetch_row(ahead[i + j], dim * static_cast<int>(sizeof(T)));
+      if (ahead) prefetch_row(ahead[i + j], dim * static_cast<int>(sizeof(T)));
       for (int d = 0; d < dim; ++d) row[j][d] = to_float(rows[i + j][d]);
     }
     for (int g = 0; g < heads; ++g) {
@@ -176,6 +183,13 @@ struct Sums<bf16> {
   }
 };
 
+// Lines in ascending order keep the hardware's prefetcher at full rate; left alone, compilers interleave two rows.
+inline __m512i load_in_order(const bf16* from, __mmask32 valid) {
+  __m512i x = valid == 0xffffffffu ? _mm512_loadu_si512(from) : _mm512_maskz_loadu_epi16(valid, from);
+  asm volatile("" : "+v"(x));
+  return x;
+}
+
 inline __m512bh as_bh(__m512i x) { return (__m512bh)x; }
 
 // Steps of a transposing horizontal sum. In every 128-bit lane: [a, a, b, b], each a sum of two.
@@ -200,7 +214,7 @@ inline __m512 fold_entries(__m512 a, __m512 b, __m512 c, __m512 d) {
 }
 
 template <int NB, int GB>
-void logits_avx512(const Queries<bf16>& queries, const bf16* const* rows, const bf16* const* ahead, int n,
+WINNOW_NOINLINE void logits_avx512(const Queries<bf16>& queries, const bf16* const* rows, const bf16* const* ahead, int n,
                    __mmask32 last, float* logits) {
   __m512bh q[GB][NB];
   for (int g = 0; g < GB; ++g)
@@ -210,14 +224,13 @@ void logits_avx512(const Queries<bf16>& queries, const bf16* const* rows, const 
 #pragma GCC unroll 4
     for (int j = 0; j < 4; ++j) {
       const bf16* row = rows[i + j];
-      prefetch_row(ahead[i + j], 64 * NB);
+      if (ahead) prefetch_row(ahead[i + j], 64 * NB);
       __m512 acc[GB];
 #pragma GCC unroll 4
       for (int g = 0; g < GB; ++g) acc[g] = _mm512_setzero_ps();
 #pragma GCC unroll 8
       for (int b = 0; b < NB; ++b) {
-        const __m512bh x = as_bh(b + 1 < NB ? _mm512_loadu_si512(row + 32 * b)
-                                            : _mm512_maskz_loadu_epi16(last, row + 32 * b));
+        const __m512bh x = as_bh(load_in_order(row + 32 * b, b + 1 < NB ? 0xffffffffu : last));
 #pragma GCC unroll 4
         for (int g = 0; g < GB; ++g) acc[g] = _mm512_dpbf16_ps(acc[g], x, q[g][b]);
       }
@@ -252,28 +265,34 @@ void tile_logits<bf16>(const Queries<bf16>& queries, const bf16* const* rows, co
   return logits_by_dim<4>(queries, rows, ahead, n, dim, logits);
 }
 
-// Two row blocks of 32 dims at a time: 16 accumulators for four heads stay in registers over all rows.
+// GB heads and NB * 32 dims of every row: 16 accumulators stay in registers.
 template <int NB, int GB>
-void values_avx512(Sums<bf16>& sums, const uint32_t* pairs, const bf16* const* rows, const bf16* const* ahead, int n,
-                   int block, __mmask32 last) {
+WINNOW_NOINLINE void values_avx512(Sums<bf16>& sums, const uint32_t* pairs, const bf16* const* rows, const bf16* const* ahead, int n,
+                   int head, int block, __mmask32 last) {
   __m512 lo[GB][NB], hi[GB][NB];
+#pragma GCC unroll 4
   for (int g = 0; g < GB; ++g)
+#pragma GCC unroll 4
     for (int b = 0; b < NB; ++b) {
-      lo[g][b] = _mm512_load_ps(&sums.acc[g][32 * (block + b)]);
-      hi[g][b] = _mm512_load_ps(&sums.acc[g][32 * (block + b) + 16]);
+      lo[g][b] = _mm512_load_ps(&sums.acc[head + g][32 * (block + b)]);
+      hi[g][b] = _mm512_load_ps(&sums.acc[head + g][32 * (block + b) + 16]);
     }
   for (int i = 0; i < n; i += 2) {
     const bf16* row0 = rows[i] + 32 * block;
     const bf16* row1 = rows[i + 1] + 32 * block;
-    prefetch_row(ahead[i] + 32 * block, 64 * NB);
-    prefetch_row(ahead[i + 1] + 32 * block, 64 * NB);
-    const uint32_t* p = pairs + i / 2 * HEADS;
-#pragma GCC unroll 2
+    if (ahead) {
+      prefetch_row(ahead[i] + 32 * block, 64 * NB);
+      prefetch_row(ahead[i + 1] + 32 * block, 64 * NB);
+    }
+    const uint32_t* p = pairs + i / 2 * HEADS + head;
+    __m512i x[NB], y[NB];
+#pragma GCC unroll 4
+    for (int b = 0; b < NB; ++b) x[b] = load_in_order(row0 + 32 * b, b + 1 < NB ? 0xffffffffu : last);
+#pragma GCC unroll 4
+    for (int b = 0; b < NB; ++b) y[b] = load_in_order(row1 + 32 * b, b + 1 < NB ? 0xffffffffu : last);
+#pragma GCC unroll 4
     for (int b = 0; b < NB; ++b) {
-      const bool full = b + 1 < NB;
-      const __m512i x = full ? _mm512_loadu_si512(row0 + 32 * b) : _mm512_maskz_loadu_epi16(last, row0 + 32 * b);
-      const __m512i y = full ? _mm512_loadu_si512(row1 + 32 * b) : _mm512_maskz_loadu_epi16(last, row1 + 32 * b);
-      const __m512bh low = as_bh(_mm512_unpacklo_epi16(x, y)), high = as_bh(_mm512_unpackhi_epi16(x, y));
+      const __m512bh low = as_bh(_mm512_unpacklo_epi16(x[b], y[b])), high = as_bh(_mm512_unpackhi_epi16(x[b], y[b]));
 #pragma GCC unroll 4
       for (int g = 0; g < GB; ++g) {
         const __m512bh w = as_bh(_mm512_set1_epi32(static_cast<int>(p[g])));
@@ -282,22 +301,31 @@ void values_avx512(Sums<bf16>& sums, const uint32_t* pairs, const bf16* const* r
       }
     }
   }
+#pragma GCC unroll 4
   for (int g = 0; g < GB; ++g)
+#pragma GCC unroll 4
     for (int b = 0; b < NB; ++b) {
-      _mm512_store_ps(&sums.acc[g][32 * (block + b)], lo[g][b]);
-      _mm512_store_ps(&sums.acc[g][32 * (block + b) + 16], hi[g][b]);
+      _mm512_store_ps(&sums.acc[head + g][32 * (block + b)], lo[g][b]);
+      _mm512_store_ps(&sums.acc[head + g][32 * (block + b) + 16], hi[g][b]);
     }
 }
 
-template <int GB>
-void values_by_dim(Sums<bf16>& sums, const uint32_t* pairs, const bf16* const* rows, const bf16* const* ahead, int n,
-                   int dim) {
-  const int blocks = (dim + 31) / 32;
-  const __mmask32 whole = 0xffffffffu, last = dim % 32 ? 0xffffu : whole;
-  int b = 0;
-  for (; b + 2 <= blocks; b += 2)
-    values_avx512<2, GB>(sums, pairs, rows, ahead, n, b, b + 2 == blocks ? last : whole);
-  if (b < blocks) values_avx512<1, GB>(sums, pairs, rows, ahead, n, b, last);
+// All heads of NB * 32 dims. Where one pass cannot hold them, a few whole rows are read in order and then
+// again from L1: long passes, or passes over a part of each row, leave the hardware's prefetcher idle.
+template <int NB>
+void values_by_head(Sums<bf16>& sums, const uint32_t* pairs, const bf16* const* rows, const bf16* const* ahead, int n,
+                    int heads, int block, __mmask32 last) {
+  constexpr int GB = NB <= 2 ? 4 : 2;
+  const int most = heads <= GB ? n : 16;
+  for (int i = 0; i < n; i += most) {
+    const int step = std::min(most, n - i);
+    const bf16* const* hint = ahead ? ahead + i : nullptr;  // the first pass prefetches
+    int g = 0;
+    for (; g + GB <= heads; g += GB, hint = nullptr)
+      values_avx512<NB, GB>(sums, pairs + i / 2 * HEADS, rows + i, hint, step, g, block, last);
+    for (; g < heads; ++g, hint = nullptr)
+      values_avx512<NB, 1>(sums, pairs + i / 2 * HEADS, rows + i, hint, step, g, block, last);
+  }
 }
 
 // n is a multiple of 8
@@ -313,11 +341,16 @@ void tile_values<bf16>(Sums<bf16>& sums, const float* p, const bf16* const* rows
     const __m512bh packed = _mm512_cvtne2ps_pbh(_mm512_loadu_ps(p + i * HEADS + 16), _mm512_loadu_ps(p + i * HEADS));
     _mm512_store_si512(pairs + i / 2 * HEADS, _mm512_permutexvar_epi16(pick, (__m512i)packed));
   }
-  switch (heads) {
-    case 1: return values_by_dim<1>(sums, pairs, rows, ahead, n, dim);
-    case 2: return values_by_dim<2>(sums, pairs, rows, ahead, n, dim);
-    case 3: return values_by_dim<3>(sums, pairs, rows, ahead, n, dim);
-    default: return values_by_dim<4>(sums, pairs, rows, ahead, n, dim);
+  const int blocks = (dim + 31) / 32;
+  const __mmask32 whole = 0xffffffffu, odd = dim % 32 ? 0xffffu : whole;
+  for (int b = 0; b < blocks; b += 4) {
+    const __mmask32 last = b + 4 < blocks ? whole : odd;
+    switch (std::min(4, blocks - b)) {
+      case 1: values_by_head<1>(sums, pairs, rows, ahead, n, heads, b, last); break;
+      case 2: values_by_head<2>(sums, pairs, rows, ahead, n, heads, b, last); break;
+      case 3: values_by_head<3>(sums, pairs, rows, ahead, n, heads, b, last); break;
+      default: values_by_head<4>(sums, pairs, rows, ahead, n, heads, b, last);
+    }
   }
 }
 

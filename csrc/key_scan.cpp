@@ -217,7 +217,6 @@ void scan_part(const KeyScanArgs& a, const std::vector<Queries>& passes, int64_t
   const int rows = static_cast<int>(bytes / ROW);
   for (int64_t e = first; e < last; e += ENTRIES) {
     const uint8_t* codes = c.codes + h * c.codes_head + e / ENTRIES * bytes;
-    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(codes + bytes + 1024 + i, 0, 3);
     const float* scale = c.scales + h * c.scales_head + e;
     const auto valid = static_cast<size_t>(std::min<int64_t>(ENTRIES, last - e));
     float best[ENTRIES];
