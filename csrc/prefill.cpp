@@ -275,6 +275,7 @@ class Prefill {
     float *o, *m, *l, *top;
     Visible* visible;
     int32_t* slots;  // panel numbers, or entries where lists are gathered
+    int32_t* ahead;  // panels that the next item begins with
     uint32_t *k, *v;
     float* bias;
     Group* groups;
@@ -297,6 +298,7 @@ class Prefill {
     take(t.visible, rows);
     take(t.groups, (rows + kTileRows - 1) / kTileRows);
     take(t.slots, gathers_ ? longest_ + 2 * kPanel + a_.unit : longest_ / kPanel + 2);
+    take(t.ahead, tile_panels_);
     take(t.k, packs_ ? tile_panels_ * panel_words_ : 0);
     take(t.v, packs_ ? tile_panels_ * panel_words_ : 0);
     take(t.bias, packs_ ? kTileKeys : 0);
@@ -437,13 +439,40 @@ class Prefill {
       tile.panels = static_cast<int>(std::min(tile_panels_, panels - first));
       tile.slot = static_cast<int32_t>(first * kPanel);
       for (int n = 0; n < tile.panels; ++n) fetch(item.kv_head, first + n, n, t, tile);
-      for (int64_t row = 0; row < rows; row += kTileRows)
+      // Meanwhile the second-level cache gets the next tile, or the next item's first: lists jump about, so
+      // no hardware foresees them.
+      const int64_t left = packs_ ? 0 : std::min(tile_panels_, panels - first - tile_panels_);
+      const bool more = left > 0;
+      const int32_t* const ahead = more ? t.slots + first + tile_panels_ : t.ahead;
+      const int64_t n_ahead = more ? left : next != nullptr ? first_panels(*next, t.ahead) : 0;
+      for (int64_t row = 0; row < rows; row += kTileRows) {
+        for (int64_t p = n_ahead * row / rows; p < n_ahead * std::min(rows, row + kTileRows) / rows; ++p)
+          for (int64_t w = 0; w < panel_words_; w += 16) {
+            __builtin_prefetch(packed_k_ + ahead[p] * panel_words_ + w, 0, 2);
+            __builtin_prefetch(packed_v_ + ahead[p] * panel_words_ + w, 0, 2);
+          }
         attend<Way>(static_cast<int>(std::min<int64_t>(kTileRows, rows - row)), t.groups[row / kTileRows], tile,
                     words_, D_, maths_, t.tile);
+      }
     }
     for (int64_t row = 0; row < rows; row += kTileRows)
       store_rows(item, row, static_cast<int>(std::min<int64_t>(kTileRows, rows - row)), t.groups[row / kTileRows]);
     return pairs;
+  }
+
+  // Panels of an item's first tile (of lists; other items run over neighbouring panels).
+  int64_t first_panels(const Item& item, int32_t* ahead) const {
+    if (a_.form != PrefillForm::lists) return 0;
+    const int32_t* columns;
+    int64_t count, n = 0;
+    list_of(item, columns, count);
+    const int64_t all = (a_.lengths[item.kv_head] + kPanel - 1) / kPanel, step = a_.unit / kPanel;
+    for (int64_t i = 0; i < count; ++i)
+      for (int64_t p = columns[i] * step; p < std::min(all, (columns[i] + 1) * step); ++p) {
+        if (n == tile_panels_) return n;
+        ahead[n++] = static_cast<int32_t>(p);
+      }
+    return n;
   }
 
   // Panel `index` of the item's list becomes panel n of the tile.
