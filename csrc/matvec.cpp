@@ -31,7 +31,7 @@ constexpr int kBytes = 32;
 constexpr int kBytes = 16;
 #endif
 constexpr int kLanes = kBytes / 4;
-constexpr int64_t kAhead = 8192;           // bytes that a prefetch runs ahead of the loads, at least
+constexpr int64_t kAhead = 16384;          // bytes that a prefetch runs ahead of the loads, at least
 constexpr int64_t kSerialBytes = 1 << 16;  // below this, waking a second thread costs more than it gives
 constexpr int kMaxRows = 8;
 constexpr int kSums = kBytes == 64 ? 24 : 12;  // vector registers that hold sums, of 32 and 16
@@ -53,12 +53,18 @@ inline V load(const T* p) {
   return v;
 }
 
+#if WINNOW_ISA_avx512
+inline float lane_sum(F v) { return _mm512_reduce_add_ps(v); }
+inline int32_t lane_sum(I v) { return _mm512_reduce_add_epi32((__m512i)v); }
+inline uint32_t lane_sum(U v) { return uint32_t(lane_sum((I)v)); }
+#else
 template <class V>
 inline auto lane_sum(V v) {
   auto total = v[0];
   for (int i = 1; i < kLanes; ++i) total += v[i];
   return total;
 }
+#endif
 
 inline float to_float(uint16_t b) {
   const uint32_t bits = uint32_t(b) << 16;

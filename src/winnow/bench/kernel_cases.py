@@ -389,7 +389,8 @@ def _quantize(tokens: int) -> Group:
         name="quantise and dequantise",
         limit="read",
         reads=(x_HSD,),
-        contenders=tuple(contenders),
+        # PyTorch's forms leave the caches full of what must be written back: they come last.
+        contenders=tuple(sorted(contenders, key=lambda c: not c.floors)),
         config={"heads": heads, "tokens": tokens, "head_size": dim},
     )
 
@@ -437,4 +438,6 @@ def groups(*, quick: bool, ops: tuple[str, ...]) -> Iterator[Callable[[], Group]
         for inner, outer in every[:1] if quick else every:
             yield partial(_matvec, inner, outer, (48 if quick else 256) << 20)
     if "quantize" in ops:
-        yield partial(_quantize, 4096 if quick else 32768)
+        # More than the caches hold, and codes of less than the 32 MiB from which the C library
+        # would map fresh pages for every result.
+        yield partial(_quantize, 4096 if quick else 24576)
