@@ -20,8 +20,8 @@ from winnow.models.embedded import documents as docs
 
 __all__ = ["RECIPES", "TASKS", "reading", "run", "save", "table"]
 
-# One that computes less, one that keeps less, and one that does something at all four stages.
-RECIPES = ("anchor-attention", "keep-quarter", "four-stages")
+# One that reads less, one that keeps less, and one that does something at all four stages.
+RECIPES = ("sparse-read", "keep-quarter", "four-stages")
 
 TASKS: dict[str, dict[str, Any]] = {
     "key-value": {"task": "key-value", "facts": 32},
