@@ -28,7 +28,7 @@ Progress = Callable[[str, int, int], None]
 
 table = report.table
 
-_REPETITIONS = (5, 25)  # fewest and most
+_REPETITIONS = (3, 25)  # fewest and most
 _SECONDS = 9.0  # of one group, where the fewest repetitions take no longer
 
 
