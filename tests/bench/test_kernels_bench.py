@@ -115,6 +115,14 @@ def test_refusals() -> None:
         kernels.run(ops=["matvek"])
 
 
+def test_the_guide_takes_the_table(result: dict[str, Any]) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "guide" / "kernels.md").read_text()
+    inserted = report.insert(page, result)
+    assert inserted == report.insert(inserted, result)
+    for row in result["rows"]:
+        assert (f"| {row['name']} |" in inserted) == row["ours"]
+
+
 def test_figure_is_drawn_from_the_json_alone(result: dict[str, Any], tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     report.draw(result, tmp_path / "figure.svg")

@@ -1,6 +1,7 @@
 """Tables and figures of ``winnow bench kernels``, drawn from its JSON.
 
-``python -m winnow.bench.report RESULT.json [FIGURE.svg]`` draws the figure again.
+``python -m winnow.bench.report benchmarks/results/RESULT.json``, in a checkout, puts the table into
+docs/guide/kernels.md and draws docs/images/kernels.svg.
 """
 
 from __future__ import annotations
@@ -13,7 +14,9 @@ from typing import Any
 
 from rich.table import Table
 
-__all__ = ["draw", "draw_beside", "table"]
+__all__ = ["draw", "draw_beside", "insert", "markdown", "table"]
+
+_BEGIN, _END = "<!-- kernels: begin -->", "<!-- kernels: end -->"
 
 
 def _time(seconds: float) -> str:
@@ -141,8 +144,53 @@ def draw_beside(path: Path) -> Path | None:
     return figure
 
 
+def markdown(result: dict[str, Any]) -> str:
+    """What we measured of our own kernels, as a Markdown table."""
+    lines = [
+        "| kernel | time | of the limit | against PyTorch | against own dense | floor |",
+        "|---|---:|---:|---:|---:|---|",
+    ]
+    group = None
+    for row in result["rows"]:
+        if not row["ours"]:
+            continue
+        if row["group"] != group:
+            group = row["group"]
+            lines.append(f"| **{group}** | | | | | |")
+        cells = (
+            row["name"],
+            _time(row["seconds"]),
+            f"{row['of_limit']:.0%}",
+            _times(row["versus_pytorch"]),
+            _times(row["versus_dense"]),
+            ", ".join(_floor(f) for f in row["floors"]),
+        )
+        lines.append("| " + " | ".join(cells) + " |")
+    limits, machine = result["limits"], result["machine"]
+    lines += [
+        "",
+        f"{machine['cpu']['name']}, {machine['cores']} cores, PyTorch {machine['versions']['torch']}, "
+        f"commit {machine['commit']}. Limits by themselves: bf16 matrix product "
+        f"{limits['bf16_matrix_product_flops'] / 1e12:.2f} TFLOP/s, reading "
+        f"{limits['read_bytes_per_second'] / 1e9:.1f} GB/s (`torch.sum`: "
+        f"{limits['torch_sum_bytes_per_second'] / 1e9:.1f}).",
+    ]
+    return "\n".join(lines)
+
+
+def insert(page: str, result: dict[str, Any]) -> str:
+    """The page with the table of this result between its markers."""
+    before, rest = page.split(_BEGIN)
+    return f"{before}{_BEGIN}\n\n{markdown(result)}\n\n{_END}{rest.split(_END)[1]}"
+
+
+def main(source: Path, repository: Path) -> None:
+    """Put a result into the guide: its table and its figure."""
+    result = json.loads(source.read_text())
+    page = repository / "docs" / "guide" / "kernels.md"
+    page.write_text(insert(page.read_text(), result))
+    draw(result, repository / "docs" / "images" / "kernels.svg")
+
+
 if __name__ == "__main__":
-    source = Path(sys.argv[1])
-    draw(
-        json.loads(source.read_text()), Path(sys.argv[2]) if len(sys.argv) > 2 else source.with_suffix(".svg")
-    )
+    main(Path(sys.argv[1]), Path.cwd())
