@@ -24,6 +24,7 @@ namespace {
 
 constexpr int kItemRows = 256;  // rows of an item that shares its panels
 constexpr int64_t kTileBytes = 128 << 10;  // packed keys and values of a tile
+constexpr int64_t kPackedBytes = 16 << 20;  // packed heads at once, and what is kept between calls
 constexpr double kOneThread = 2e6;        // multiplications
 constexpr int64_t kAhead = 32;  // entries that packing fetches ahead of what it reads
 constexpr int kListRows = 512;  // rows of an item that packs a gathered list: they pay for the packing
@@ -41,6 +42,13 @@ Memory allocate(int64_t bytes) {
   return Memory(static_cast<char*>(p));
 }
 
+// Packed heads of the last call: a new mapping would cost a page fault for every 4 KiB of them.
+struct Kept {
+  Memory memory;
+  int64_t bytes = 0;
+};
+thread_local Kept kept;
+
 struct Item {
   int64_t kv_head;
   int64_t head, heads;    // query heads head .. head + heads - 1
@@ -48,7 +56,11 @@ struct Item {
   int64_t list;           // number of the item's list (lists only)
 };
 
-// Entries of one head as slots of an item's list.
+struct Needed {
+  int32_t kv_head, panel;
+};
+
+// A run of entries of one head.
 struct Span {
   int64_t lo, hi;
 };
@@ -97,32 +109,44 @@ class Prefill {
       for (int64_t i = 0; i < n; ++i) pairs += attend_item(items[static_cast<size_t>(i)], nullptr);
       return pairs;
     }
-    const int64_t panels = (longest_ + kPanel - 1) / kPanel;
-    packed_ = allocate(panels * (2 * panel_words_ + (a_.bias ? kPanel : 0)) * 4);
-    packed_k_ = reinterpret_cast<uint32_t*>(packed_.get());
-    packed_v_ = packed_k_ + panels * panel_words_;
-    packed_bias_ = reinterpret_cast<float*>(packed_v_ + panels * panel_words_);
-    std::vector<int32_t> needed;
-    for (int64_t h = 0; h < a_.kv_heads; ++h) {
+    // As many heads at once as fit: threads wait for each other once a batch, not once a head.
+    panels_ = (longest_ + kPanel - 1) / kPanel;
+    const int64_t head_bytes = std::max<int64_t>(1, panels_ * (2 * panel_words_ + (a_.bias ? kPanel : 0)) * 4);
+    const int64_t batch = std::clamp<int64_t>(kPackedBytes / head_bytes, 1, a_.kv_heads);
+    if (kept.bytes < batch * head_bytes) {
+      kept = {};  // freed before the larger one is made
+      kept = {allocate(batch * head_bytes), batch * head_bytes};
+    }
+    packed_k_ = reinterpret_cast<uint32_t*>(kept.memory.get());
+    packed_v_ = packed_k_ + batch * panels_ * panel_words_;
+    packed_bias_ = reinterpret_cast<float*>(packed_v_ + batch * panels_ * panel_words_);
+    std::vector<Needed> needed;
+    for (first_head_ = 0; first_head_ < a_.kv_heads; first_head_ += batch) {
       items.clear();
-      add_items(h, items);
-      find_needed(h, items, needed);
+      needed.clear();
+      for (int64_t h = first_head_; h < std::min(first_head_ + batch, a_.kv_heads); ++h) {
+        const size_t before = items.size();
+        add_items(h, items);
+        find_needed(h, items.data() + before, items.size() - before, needed);
+      }
       // Neighbours in the list of items share pages of the queries; runs of them where there are plenty.
-      const int64_t chunk = static_cast<int64_t>(items.size()) >= 64 * threads_ ? 4 : 1;
       const int64_t n_needed = static_cast<int64_t>(needed.size()), n = static_cast<int64_t>(items.size());
+      const int64_t chunk = n >= 64 * threads_ ? 4 : 1;
 #pragma omp parallel reduction(+ : pairs) num_threads(threads_)
       {
-#pragma omp for schedule(static)
+#pragma omp for schedule(dynamic, 32)
         for (int64_t i = 0; i < n_needed; ++i) {
-          const int64_t p = needed[static_cast<size_t>(i)];
-          pack(h, p * kPanel, nullptr, packed_k_ + p * panel_words_, packed_v_ + p * panel_words_,
-               packed_bias_ + p * kPanel);
+          const Needed& one = needed[static_cast<size_t>(i)];
+          const int64_t at = packed_at(one.kv_head) + one.panel;
+          pack(one.kv_head, int64_t{one.panel} * kPanel, nullptr, packed_k_ + at * panel_words_,
+               packed_v_ + at * panel_words_, packed_bias_ + at * kPanel);
         }
 #pragma omp for schedule(dynamic, chunk)
         for (int64_t i = 0; i < n; ++i)
           pairs += attend_item(items[static_cast<size_t>(i)], i + 1 < n ? &items[static_cast<size_t>(i) + 1] : nullptr);
       }
     }
+    if (kept.bytes > kPackedBytes) kept = {};
     return pairs;
   }
 
@@ -218,7 +242,7 @@ class Prefill {
   }
 
   // Panels of head h that some item reads, ascending.
-  void find_needed(int64_t h, const std::vector<Item>& items, std::vector<int32_t>& needed) const {
+  void find_needed(int64_t h, const Item* items, size_t n_items, std::vector<Needed>& needed) const {
     const int64_t panels = (a_.lengths[h] + kPanel - 1) / kPanel;
     std::vector<char> marks(static_cast<size_t>(panels), 0);
     const auto mark = [&](int64_t from, int64_t to) {
@@ -227,8 +251,8 @@ class Prefill {
     if (a_.form == PrefillForm::lists) {
       const int32_t* columns;
       int64_t count;
-      for (const Item& item : items) {
-        list_of(item, columns, count);
+      for (size_t n = 0; n < n_items; ++n) {
+        list_of(items[n], columns, count);
         for (int64_t i = 0; i < count; ++i)
           mark(columns[i] * a_.unit, std::min<int64_t>((columns[i] + 1) * a_.unit, a_.lengths[h]));
       }
@@ -237,12 +261,14 @@ class Prefill {
       mark(u.init.lo, u.init.hi);
       mark(u.local.lo, u.local.hi);
     }
-    needed.clear();
     for (int64_t p = 0; p < panels; ++p)
-      if (marks[static_cast<size_t>(p)]) needed.push_back(static_cast<int32_t>(p));
+      if (marks[static_cast<size_t>(p)]) needed.push_back({static_cast<int32_t>(h), static_cast<int32_t>(p)});
   }
 
   // ---- packing
+
+  // Where a head's packed panels begin, in panels.
+  int64_t packed_at(int64_t h) const { return (h - first_head_) * panels_; }
 
   // Entries [first, first + 16), or the 16 listed ones; those that do not exist are zeros.
   __attribute__((noinline)) void pack(int64_t h, int64_t first, const int32_t* listed, uint32_t* k, uint32_t* v,
@@ -445,11 +471,12 @@ class Prefill {
       const bool more = left > 0;
       const int32_t* const ahead = more ? t.slots + first + tile_panels_ : t.ahead;
       const int64_t n_ahead = more ? left : next != nullptr ? first_panels(*next, t.ahead) : 0;
+      const int64_t base = packs_ ? 0 : packed_at(more || next == nullptr ? item.kv_head : next->kv_head);
       for (int64_t row = 0; row < rows; row += kTileRows) {
         for (int64_t p = n_ahead * row / rows; p < n_ahead * std::min(rows, row + kTileRows) / rows; ++p)
           for (int64_t w = 0; w < panel_words_; w += 16) {
-            __builtin_prefetch(packed_k_ + ahead[p] * panel_words_ + w, 0, 2);
-            __builtin_prefetch(packed_v_ + ahead[p] * panel_words_ + w, 0, 2);
+            __builtin_prefetch(packed_k_ + (base + ahead[p]) * panel_words_ + w, 0, 2);
+            __builtin_prefetch(packed_v_ + (base + ahead[p]) * panel_words_ + w, 0, 2);
           }
         attend<Way>(static_cast<int>(std::min<int64_t>(kTileRows, rows - row)), t.groups[row / kTileRows], tile,
                     words_, D_, maths_, t.tile);
@@ -489,7 +516,7 @@ class Prefill {
       tile.bias[n] = a_.bias ? bias : nullptr;
       return;
     }
-    const int64_t panel = t.slots[index];
+    const int64_t panel = packed_at(h) + t.slots[index];
     tile.k[n] = packed_k_ + panel * panel_words_;
     tile.v[n] = packed_v_ + panel * panel_words_;
     tile.bias[n] = a_.bias ? packed_bias_ + panel * kPanel : nullptr;
@@ -506,7 +533,8 @@ class Prefill {
   int threads_;
   int64_t item_rows_;
   int64_t thread_bytes_ = 0;
-  Memory scratch_, packed_;
+  Memory scratch_;
+  int64_t panels_ = 0, first_head_ = 0;  // room per head, first head of the batch
   uint32_t *packed_k_ = nullptr, *packed_v_ = nullptr;
   float* packed_bias_ = nullptr;
 };
