@@ -17,6 +17,9 @@
 #if WINNOW_ISA_avx512
 #include <immintrin.h>
 #endif
+#ifdef __GNUC__
+#pragma GCC diagnostic ignored "-Wpsabi"  // vectors cross inline functions of this file only
+#endif
 
 namespace winnow {
 namespace WINNOW_ISA {
@@ -147,47 +150,51 @@ struct Queries {
   }
 };
 
-// Exact integer products of one block with up to HEADS queries, in float32: dots[g][entry] times q's scale.
+// Sixteen floats, one per entry of a block; the compiler maps them to what the instruction set has.
+typedef float Vec __attribute__((vector_size(64)));
+
+inline Vec load(const float* from) {
+  Vec x;
+  std::memcpy(&x, from, sizeof x);
+  return x;
+}
+
+// Products of one block with GB queries: exact integers, in float32, times the query's scale. Blocks are read one
+// after the other: two at a time would save broadcasts, but the hardware's prefetcher follows one stream best.
 #if WINNOW_ISA_avx512
 
 template <int BITS, int GB>
-inline void block_dots(const Queries& q, const uint8_t* codes, int rows, float dots[HEADS][ENTRIES]) {
+inline void block_dots(const Queries& q, const uint8_t* codes, int rows, Vec dots[GB]) {
   __m512i even[GB], odd[GB];  // two chains per head hide the instruction's latency
+#pragma GCC unroll 4
   for (int g = 0; g < GB; ++g) {
     even[g] = _mm512_set1_epi32(q.zero[g]);
     odd[g] = _mm512_setzero_si512();
   }
   const __m512i low = _mm512_set1_epi8(15);
-  if (BITS == 8) {
-    for (int r = 0; r < rows; r += 2) {
-      const __m512i x = _mm512_loadu_si512(codes + r * ROW), y = _mm512_loadu_si512(codes + (r + 1) * ROW);
-#pragma GCC unroll 4
-      for (int g = 0; g < GB; ++g) {
-        even[g] = _mm512_dpbusd_epi32(even[g], x, _mm512_set1_epi32(q.words[r][g]));
-        odd[g] = _mm512_dpbusd_epi32(odd[g], y, _mm512_set1_epi32(q.words[r + 1][g]));
-      }
+  for (int r = 0; r < rows; r += BITS == 8 ? 2 : 1) {
+    __m512i x = _mm512_loadu_si512(codes + r * ROW), y;
+    if (BITS == 8) {
+      y = _mm512_loadu_si512(codes + (r + 1) * ROW);
+    } else {
+      y = _mm512_and_si512(_mm512_srli_epi16(x, 4), low);
+      x = _mm512_and_si512(x, low);
     }
-  } else {
-    for (int r = 0; r < rows; ++r) {
-      const __m512i both = _mm512_loadu_si512(codes + r * ROW);
-      const __m512i x = _mm512_and_si512(both, low);
-      const __m512i y = _mm512_and_si512(_mm512_srli_epi16(both, 4), low);
+    const int word = BITS == 8 ? r : 2 * r;
 #pragma GCC unroll 4
-      for (int g = 0; g < GB; ++g) {
-        even[g] = _mm512_dpbusd_epi32(even[g], x, _mm512_set1_epi32(q.words[2 * r][g]));
-        odd[g] = _mm512_dpbusd_epi32(odd[g], y, _mm512_set1_epi32(q.words[2 * r + 1][g]));
-      }
+    for (int g = 0; g < GB; ++g) {
+      even[g] = _mm512_dpbusd_epi32(even[g], x, _mm512_set1_epi32(q.words[word][g]));
+      odd[g] = _mm512_dpbusd_epi32(odd[g], y, _mm512_set1_epi32(q.words[word + 1][g]));
     }
   }
-  for (int g = 0; g < GB; ++g)
-    _mm512_storeu_ps(dots[g], _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_add_epi32(even[g], odd[g])),
-                                            _mm512_set1_ps(q.scale[g])));
+#pragma GCC unroll 4
+  for (int g = 0; g < GB; ++g) dots[g] = (Vec)_mm512_cvtepi32_ps(_mm512_add_epi32(even[g], odd[g])) * q.scale[g];
 }
 
 #else
 
 template <int BITS, int GB>
-inline void block_dots(const Queries& q, const uint8_t* codes, int rows, float dots[HEADS][ENTRIES]) {
+inline void block_dots(const Queries& q, const uint8_t* codes, int rows, Vec dots[GB]) {
   int32_t sum[GB][ENTRIES];
   for (int g = 0; g < GB; ++g) std::fill(sum[g], sum[g] + ENTRIES, q.zero[g]);
   for (int r = 0; r < rows; ++r, codes += ROW) {
@@ -203,42 +210,53 @@ inline void block_dots(const Queries& q, const uint8_t* codes, int rows, float d
       }
     }
   }
-  for (int g = 0; g < GB; ++g)
-    for (int i = 0; i < ENTRIES; ++i) dots[g][i] = static_cast<float>(sum[g][i]) * q.scale[g];
+  for (int g = 0; g < GB; ++g) {
+    float exact[ENTRIES];
+    for (int i = 0; i < ENTRIES; ++i) exact[i] = static_cast<float>(sum[g][i]);
+    dots[g] = load(exact) * q.scale[g];
+  }
 }
 
 #endif
 
 // Entries first .. last - 1 of head h; `first` is a multiple of ENTRIES.
-template <int BITS, int GB>
+template <int BITS, int GB, Reduce REDUCE>
 void scan_part(const KeyScanArgs& a, const std::vector<Queries>& passes, int64_t h, int64_t first, int64_t last) {
   const KeyCodes& c = a.from;
   const int64_t bytes = block_bytes(c);
   const int rows = static_cast<int>(bytes / ROW);
+  const auto count = static_cast<int64_t>(passes.size());
   for (int64_t e = first; e < last; e += ENTRIES) {
     const uint8_t* codes = c.codes + h * c.codes_head + e / ENTRIES * bytes;
-    const float* scale = c.scales + h * c.scales_head + e;
-    const auto valid = static_cast<size_t>(std::min<int64_t>(ENTRIES, last - e));
-    float best[ENTRIES];
-    for (size_t p = 0; p < passes.size(); ++p) {
-      float dots[HEADS][ENTRIES];
-      block_dots<BITS, GB>(passes[p], codes, rows, dots);
-      for (int g = 0; g < (GB < passes[p].heads ? GB : passes[p].heads); ++g) {
-        const bool start = p == 0 && g == 0;
-        float* x = dots[g];
-        for (int i = 0; i < ENTRIES; ++i) x[i] *= scale[i];
-        if (a.reduce == Reduce::none)
-          std::memcpy(a.out + (h * a.group + static_cast<int64_t>(p) * HEADS + g) * a.width + e, x, valid * 4);
-        else if (start)
-          std::memcpy(best, x, sizeof best);
-        else if (a.reduce == Reduce::max)
-          for (int i = 0; i < ENTRIES; ++i) best[i] = x[i] > best[i] ? x[i] : best[i];
+    const Vec by = load(c.scales + h * c.scales_head + e);
+    const size_t size = static_cast<size_t>(std::min<int64_t>(ENTRIES, last - e)) * sizeof(float);
+    Vec best = {};
+    for (int64_t p = 0; p < count; ++p) {
+      const Queries& q = passes[static_cast<size_t>(p)];
+      Vec dots[GB];
+      block_dots<BITS, GB>(q, codes, rows, dots);
+#pragma GCC unroll 4
+      for (int g = 0; g < GB; ++g) {
+        if (g >= q.heads) break;
+        const Vec x = dots[g] * by;
+        if (REDUCE == Reduce::none)
+          std::memcpy(a.out + (h * a.group + p * HEADS + g) * a.width + e, &x, size);
+        else if (p == 0 && g == 0)
+          best = x;
         else
-          for (int i = 0; i < ENTRIES; ++i) best[i] += x[i];
+          best = REDUCE == Reduce::sum ? best + x : x > best ? x : best;
       }
     }
-    if (a.reduce != Reduce::none) std::memcpy(a.out + h * a.width + e, best, valid * 4);
+    if (REDUCE != Reduce::none) std::memcpy(a.out + h * a.width + e, &best, size);
   }
+}
+
+using Part = void (*)(const KeyScanArgs&, const std::vector<Queries>&, int64_t, int64_t, int64_t);
+
+template <int BITS, int GB>
+Part choose_part(Reduce reduce) {
+  if (reduce == Reduce::none) return scan_part<BITS, GB, Reduce::none>;
+  return reduce == Reduce::max ? scan_part<BITS, GB, Reduce::max> : scan_part<BITS, GB, Reduce::sum>;
 }
 
 template <int BITS>
@@ -274,9 +292,9 @@ void scan_bits(const KeyScanArgs& a) {
         queries[h][p].load(static_cast<const float*>(a.q) + at, n, dim, BITS == 8 ? 128 : 8);
     }
   }
-  const auto part = a.group == 1   ? scan_part<BITS, 1>
-                    : a.group == 2 ? scan_part<BITS, 2>
-                                   : scan_part<BITS, HEADS>;
+  const Part part = a.group == 1   ? choose_part<BITS, 1>(a.reduce)
+                    : a.group == 2 ? choose_part<BITS, 2>(a.reduce)
+                                   : choose_part<BITS, HEADS>(a.reduce);
   const int threads = threads_for(entries * c.dim * c.bits / 8);
   const auto n = static_cast<int64_t>(chunks.size());
   const auto run = [&](int64_t i) {
