@@ -258,7 +258,7 @@ class Worker {
   int64_t first_ = 0;
 };
 
-// One query head's partial results `part[0..n)`, `stride` floats apart, into its output.
+// One query head's partial results into its output.
 template <typename T>
 void merge(const std::vector<const float*>& parts, int64_t dim, T* out, float* lse) {
   float top = MINUS_INF;
