@@ -6,6 +6,9 @@
 #include "prefill.h"
 
 #include <omp.h>
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
 
 #include <algorithm>
 #include <cstdlib>
@@ -36,9 +39,24 @@ using Memory = std::unique_ptr<char[], Free>;
 
 int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
+// Large memory that is about to be written: a page of 2 MiB costs one fault instead of 512, and fewer misses
+// of the translation buffer. Only a hint, and only where the system lets programs choose.
+void prefer_large_pages(void* from, int64_t bytes) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  constexpr int64_t kPage = 2 << 20;
+  const int64_t begin = round_up(reinterpret_cast<int64_t>(from), kPage);
+  const int64_t end = (reinterpret_cast<int64_t>(from) + bytes) / kPage * kPage;
+  if (end > begin) madvise(reinterpret_cast<void*>(begin), static_cast<size_t>(end - begin), MADV_HUGEPAGE);
+#else
+  (void)from, (void)bytes;
+#endif
+}
+
 Memory allocate(int64_t bytes) {
-  void* p = std::aligned_alloc(64, static_cast<size_t>(std::max<int64_t>(round_up(bytes, 64), 64)));
+  const int64_t size = std::max<int64_t>(round_up(bytes, 64), 64);
+  void* p = std::aligned_alloc(64, static_cast<size_t>(size));
   if (p == nullptr) throw std::bad_alloc();
+  prefer_large_pages(p, size);
   return Memory(static_cast<char*>(p));
 }
 
@@ -100,6 +118,7 @@ class Prefill {
     if (a_.tokens == 0) return 0;
     if (a_.form == PrefillForm::lists) check_lists();
     scratch_ = allocate(threads_ * thread_bytes_);
+    prefer_large_pages(a_.out, a_.tokens * a_.kv_heads * a_.group * D_ * static_cast<int64_t>(sizeof(Input)));
     std::vector<Item> items;
     int64_t pairs = 0;
     if (packs_) {
@@ -190,7 +209,8 @@ class Prefill {
     Span init0, local0, init1, local1;
     spans(h, first, init0, local0);
     spans(h, last, init1, local1);
-    return {{init0.lo, std::max(init0.lo, std::min(init_entries(h), local1.hi))}, local1.hi > local0.lo ? Span{local0.lo, local1.hi} : Span{0, 0}};
+    return {{init0.lo, std::max(init0.lo, std::min(init_entries(h), local1.hi))},
+            local1.hi > local0.lo ? Span{local0.lo, local1.hi} : Span{0, 0}};
   }
 
   // ---- items
@@ -410,7 +430,8 @@ class Prefill {
       const bool blank = total == 0.f;
       const float inverse = blank ? 0.f : 1.f / total;
       Input* to = out_row(token, head);
-      for (int d = 0; d < D_; d += kLanes) store_as(to + d, blank ? Vec{} : load(group.o + r * D_ + d) * splat(inverse));
+      for (int d = 0; d < D_; d += kLanes)
+        store_as(to + d, blank ? Vec{} : load(group.o + r * D_ + d) * splat(inverse));
       a_.lse[at] = blank ? kNoMax : (group.m[r] + std::log2(total)) * kLn2;
       if (a_.row_max != nullptr) a_.row_max[at] = blank ? kNoMax : largest(load(group.top + r * kLanes)) * kLn2;
     }
