@@ -288,11 +288,13 @@ class Pattern:
 
     ``form`` is handed to the kernel. ``done`` is attention that the part already computed
     while choosing, over entries that ``form`` does not list; the two are merged. A part that
-    needs nothing beyond ``done`` leaves ``form`` None.
+    needs nothing beyond ``done`` leaves ``form`` None. ``scored`` counts the query-key products
+    that choosing took beside ``done`` (pooled queries count as queries).
     """
 
     form: Form | None
     done: Partial | None = None
+    scored: int = 0
 
 
 # --------------------------------------------------------------------------- compression

@@ -117,7 +117,7 @@ class StepAttention:
                         backend=self._backend,
                     )
                 )
-        part.stats.score_entries += sum(p.pairs for p in partials)
+        part.stats.score_entries += sum(p.pairs for p in partials) + sum(p.scored for p in patterns)
         return merge(partials)
 
     # ------------------------------------------------------------------ decode

@@ -80,7 +80,8 @@ class Stats:
         turn.
     tokens_generated : int
     score_entries : int
-        Query-key scores computed while prefilling, summed over layers and query heads.
+        Query-key scores computed while prefilling, summed over layers and query heads; those
+        that a pattern computed to choose are among them.
     decode_score_entries : int
         The same while decoding.
     time_to_first_token, decode_seconds : float

@@ -110,10 +110,11 @@ class Anchor:
         first, last = int(ctx.query_positions[0]), int(ctx.query_positions[-1])
         assert last - first == ctx.q.shape[0] - 1, "stripes need consecutive query positions"
         q_AND, anchor_AN = self._tiles(ctx.q, done, first)
-        return tuple(
-            Pattern(form=self._stripes(ctx, segment, q_AND, anchor_AN, first), done=part)
-            for segment, part in zip(ctx.segments, done, strict=True)
-        )
+        patterns = []
+        for segment, part in zip(ctx.segments, done, strict=True):
+            form, scored = self._stripes(ctx, segment, q_AND, anchor_AN, first)
+            patterns.append(Pattern(form=form, done=part, scored=scored))
+        return tuple(patterns)
 
     def _tiles(self, q_TND: Tensor, done: list[Partial], first: int) -> tuple[Tensor, Tensor]:
         """Mean query ``[A, N, D]`` and mean anchor ``[A, N]`` of every tile, in float32."""
@@ -127,8 +128,8 @@ class Anchor:
 
     def _stripes(
         self, ctx: PrefillLayer, segment: Segment, q_AND: Tensor, anchor_AN: Tensor, first: int
-    ) -> Stripes | None:
-        """The kept columns of one segment; None where nothing lies between the two regions."""
+    ) -> tuple[Stripes | None, int]:
+        """The kept columns of one segment, None where nothing was kept, and the products it took."""
         rows = self.block * self.step
         phase = first % rows
         supers = -(-(ctx.q.shape[0] + phase) // rows)
@@ -138,6 +139,7 @@ class Anchor:
         behind = first // self.block % self.step
         none = torch.empty(0, dtype=torch.int32, device=device)
         lists: list[list[Tensor]] = [[none] * supers for _ in range(heads)]
+        scored = 0
         for h in range(segment.heads):
             pos_S = segment.positions_of(h)
             of_head = slice(h * group, (h + 1) * group)
@@ -151,15 +153,16 @@ class Anchor:
                 kept_GS = self._identify(
                     ctx, segment, h, lo, hi, q_AND[tiles, of_head], anchor_AN[tiles, of_head]
                 )
+                scored += q_AND[tiles].shape[0] * group * (hi - lo)
                 for g, column_S in enumerate(kept_GS):
                     lists[h * group + g][b] = column_S.nonzero().flatten().int() + lo
         counts = torch.tensor([[x.numel() for x in of_head] for of_head in lists], device=device)
         if int(counts.sum()) == 0:
-            return None
+            return None, scored
         ends = counts.flatten().cumsum(0).view(heads, supers)
         offsets = torch.cat([ends[:, :1] - counts[:, :1], ends], 1).int()
         columns = torch.cat([x for of_head in lists for x in of_head])
-        return Stripes(rows=rows, phase=phase, offsets=offsets, columns=columns)
+        return Stripes(rows=rows, phase=phase, offsets=offsets, columns=columns), scored
 
     def _identify(
         self, ctx: PrefillLayer, segment: Segment, h: int, lo: int, hi: int, q_aGD: Tensor, anchor_aG: Tensor
