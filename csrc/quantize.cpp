@@ -74,7 +74,7 @@ struct Form {
 struct Scratch {
   std::vector<float> low, high, zero, scale, inverse;
   std::vector<uint8_t> codes;
-  std::vector<uint8_t> row;
+  std::vector<uint8_t> out;  // what goes around the caches, see Sink
   Scratch(int64_t groups, int64_t height, int64_t width)
       : low(groups + kLanes),
         high(groups + kLanes),
@@ -82,7 +82,7 @@ struct Scratch {
         scale(groups + kLanes),
         inverse(groups + kLanes),
         codes(height * width),
-        row(width * 4 + 64) {}
+        out(std::max<int64_t>(4, height) * width + 64) {}
 };
 
 // From the bounds of groups to what encodes them. Zero and scale are rounded outwards before they are
@@ -185,7 +185,7 @@ void encode_pairs(const T* x, int64_t count, Factor zero, Factor inverse, float 
     const Pairs v = load_pairs(x + i), z = zero.pairs(i), f = inverse.pairs(i);
     prefetch(x + i);
     const U even = (U)((v.even - z.even) * f.even + round), odd = (U)((v.odd - z.odd) * f.odd + round);
-    const U both = (even & mask) | (odd & mask) << bits;
+    const U both = (even & mask) | (odd << bits & mask << bits);
     if (bits == 8) {
       to_words(reinterpret_cast<uint16_t*>(out + i), both);
     } else {
@@ -256,41 +256,55 @@ inline T* row_of(const Plane& p, int64_t o, int64_t r) {
   return static_cast<T*>(p.data) + o * p.outer_stride + r * p.row_stride;
 }
 
-// Where results go around the caches they pass through a row of scratch.
-template <class T>
-struct Sink {
-  bool stream;
-  T* staged;
-  Sink(const QuantizeArgs& a, Scratch& s) {
-    const uintptr_t at = reinterpret_cast<uintptr_t>(s.row.data());
-    staged = reinterpret_cast<T*>((at + 63) / 64 * 64);
-    const int64_t size = sizeof(T);
-    stream = kBlock && a.outer * a.rows * a.width * size > kStreamBytes && a.width * size % 64 == 0 &&
-             a.x.row_stride * size % 64 == 0 && a.x.outer_stride * size % 64 == 0 &&
-             reinterpret_cast<uintptr_t>(a.x.data) % 64 == 0;
+// Where results are too large for the caches they pass through scratch, a row or a piece at a time, and
+// go around them: otherwise each line would be read before it is written.
+class Sink {
+ public:
+  // `run`: bytes that are written together; `step`, `outer_step`: bytes between them.
+  Sink(const QuantizeArgs& a, Scratch& s, const void* to, int64_t run, int64_t step, int64_t outer_step) {
+    staged_ = reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(s.out.data()) + 63) / 64 * 64);
+    around_ = kPossible && a.outer * a.rows * a.width * 2 > kStreamBytes && run % 64 == 0 && step % 64 == 0 &&
+              outer_step % 64 == 0 && reinterpret_cast<uintptr_t>(to) % 64 == 0;
   }
-  T* begin(T* target) { return stream ? staged : target; }
-  void end(T* target, int64_t width) {
-    if (!stream) return;
-#if WINNOW_ISA_avx512
-    for (int64_t i = 0; i < width * int64_t(sizeof(T)); i += 64)
-      _mm512_stream_si512(reinterpret_cast<__m512i*>(reinterpret_cast<char*>(target) + i),
-                          _mm512_load_si512(reinterpret_cast<const char*>(staged) + i));
-#elif WINNOW_ISA_avx2
-    for (int64_t i = 0; i < width * int64_t(sizeof(T)); i += 32)
-      _mm256_stream_si256(reinterpret_cast<__m256i*>(reinterpret_cast<char*>(target) + i),
-                          _mm256_load_si256(reinterpret_cast<const __m256i*>(reinterpret_cast<const char*>(staged) + i)));
+  bool around() const { return around_; }
+  template <class T>
+  T* begin(T* target) {
+    return around_ ? static_cast<T*>(staged_) : target;
+  }
+  void end(void* target, int64_t bytes) {
+    if (!around_) return;
+#if WINNOW_ISA_avx512 || WINNOW_ISA_avx2
+    const char* from = static_cast<const char*>(staged_);
+    char* to = static_cast<char*>(target);
+    if (bytes % 64) {  // the last, shorter piece
+      std::memcpy(to, from, size_t(bytes));
+      return;
+    }
+    for (int64_t i = 0; i < bytes; i += 32)
+      _mm256_stream_si256(reinterpret_cast<__m256i*>(to + i),
+                          _mm256_load_si256(reinterpret_cast<const __m256i*>(from + i)));
+#else
+    (void)target, (void)bytes;
 #endif
   }
 #if WINNOW_ISA_avx512 || WINNOW_ISA_avx2
-  static constexpr bool kBlock = true;
-  ~Sink() {
-    if (stream) _mm_sfence();
-  }
+  static constexpr bool kPossible = true;
+  static void settle() { _mm_sfence(); }  // before other threads may read what went around the caches
 #else
-  static constexpr bool kBlock = false;
+  static constexpr bool kPossible = false;
+  static void settle() {}
 #endif
+
+ private:
+  bool around_;
+  void* staged_;
 };
+
+template <class T>
+Sink sink_of_values(const QuantizeArgs& a, Scratch& s) {
+  const int64_t size = sizeof(T);
+  return Sink(a, s, a.x.data, a.width * size, a.x.row_stride * size, a.x.outer_stride * size);
+}
 
 // Even channels of each vector before the odd ones, as pairs want their factors.
 void split(const float* from, int64_t count, float* to) {
@@ -314,15 +328,36 @@ struct Rows {
   int64_t outer, first, last;
 };
 
+// Where the packed codes of a piece go: straight to their place, or through scratch as one block.
+class Codes {
+ public:
+  Codes(const QuantizeArgs& a, Scratch& s, Rows p)
+      : row_bytes_(a.width * a.bits / 8),
+        rows_(p.last - p.first),
+        target_(row_of<uint8_t>(a.codes, p.outer, p.first)),
+        sink_(a, s, a.codes.data, (a.by_channel ? a.group : kTile) * row_bytes_,
+              a.codes.row_stride == row_bytes_ ? 64 : 1, a.codes.outer_stride),
+        base_(sink_.begin(target_)),
+        stride_(sink_.around() ? row_bytes_ : a.codes.row_stride) {}
+  ~Codes() { sink_.end(target_, rows_ * row_bytes_); }
+  uint8_t* row(int64_t i) const { return base_ + i * stride_; }
+
+ private:
+  int64_t row_bytes_, rows_;
+  uint8_t* target_;
+  Sink sink_;
+  uint8_t* base_;
+  int64_t stride_;
+};
+
 // What `encode` or `encode_pairs` left for a row, at its final density. Done after all rows of a piece:
 // reading codes back just behind their narrower stores would stall.
 template <int bits>
-void pack_rows(const QuantizeArgs& a, const Scratch& s, Rows p) {
-  for (int64_t r = p.first; r < p.last; ++r) {
-    const uint8_t* codes = s.codes.data() + (r - p.first) * a.width;
-    uint8_t* out = row_of<uint8_t>(a.codes, p.outer, r);
-    if (bits == 2) pack(4, codes, a.width / 2, out);
-    if (bits == 0) pack(a.bits, codes, a.width, out);
+void pack_rows(const QuantizeArgs& a, const Scratch& s, Rows p, const Codes& to) {
+  for (int64_t i = 0; i < p.last - p.first; ++i) {
+    const uint8_t* codes = s.codes.data() + i * a.width;
+    if (bits == 2) pack(4, codes, a.width / 2, to.row(i));
+    if (bits == 0) pack(a.bits, codes, a.width, to.row(i));
   }
 }
 
@@ -377,15 +412,16 @@ void quantize_tokens(const QuantizeArgs& a, const Form& form, Scratch& s, Rows p
   store_factors(a.scale, s.scale.data(), per_row, p);
   if (a.zero.data) store_factors(a.zero, s.zero.data(), per_row, p);
   const float *zero = s.zero.data(), *inverse = s.inverse.data();
+  const Codes to(a, s, p);
   for (int64_t r = p.first; r < p.last; ++r) {
     const T* x = row_of<const T>(a.x, p.outer, r);
-    uint8_t* out = row_of<uint8_t>(a.codes, p.outer, r);
+    uint8_t* out = to.row(r - p.first);
     uint8_t* staged = s.codes.data() + (r - p.first) * a.width;
     for (int64_t c = 0; c < a.width; c += a.group, ++zero, ++inverse)
       encode_run<bits>(form, x + c, a.group, Shared{*zero}, Shared{*inverse}, staged + (bits == 2 ? c / 2 : c),
                        out + c * bits / 8);
   }
-  pack_rows<bits>(a, s, p);
+  pack_rows<bits>(a, s, p, to);
 }
 
 template <int bits, class T>
@@ -400,10 +436,11 @@ void quantize_channels(const QuantizeArgs& a, const Form& form, Scratch& s, Rows
   }
   store_bf16(scale, a.width, row_of<uint16_t>(a.scale, p.outer, p.first / a.group));
   if (a.zero.data) store_bf16(zero, a.width, row_of<uint16_t>(a.zero, p.outer, p.first / a.group));
+  const Codes to(a, s, p);
   for (int64_t r = p.first; r < p.last; ++r)
     encode_run<bits>(form, row_of<const T>(a.x, p.outer, r), a.width, Each{s.zero.data()}, Each{s.inverse.data()},
-                     s.codes.data() + (r - p.first) * a.width, row_of<uint8_t>(a.codes, p.outer, r));
-  pack_rows<bits>(a, s, p);
+                     s.codes.data() + (r - p.first) * a.width, to.row(r - p.first));
+  pack_rows<bits>(a, s, p, to);
 }
 
 // The codes of a row as `decode` or `decode_pairs` wants them.
@@ -423,7 +460,7 @@ void decode_run(const Form& form, const uint8_t* codes, int64_t at, int64_t coun
 
 template <int bits, class T>
 void dequantize_tokens(const QuantizeArgs& a, const Form& form, Scratch& s, Rows p) {
-  Sink<T> sink(a, s);
+  Sink sink = sink_of_values<T>(a, s);
   for (int64_t r = p.first; r < p.last; ++r) {
     const uint8_t* codes = codes_of<bits>(a, s, p.outer, r);
     const uint16_t* scale = row_of<const uint16_t>(a.scale, p.outer, r);
@@ -432,7 +469,7 @@ void dequantize_tokens(const QuantizeArgs& a, const Form& form, Scratch& s, Rows
     T* out = sink.begin(target);
     for (int64_t c = 0, g = 0; c < a.width; c += a.group, ++g)
       decode_run<bits>(form, codes, c, a.group, Shared{zero ? widen(zero[g]) : 0.0f}, Shared{widen(scale[g])}, out + c);
-    sink.end(target, a.width);
+    sink.end(target, a.width * int64_t(sizeof(T)));
   }
 }
 
@@ -446,11 +483,11 @@ void dequantize_channels(const QuantizeArgs& a, const Form& form, Scratch& s, Ro
     split(scale, a.width, s.low.data()), split(zero, a.width, s.high.data());
     scale = s.low.data(), zero = s.high.data();
   }
-  Sink<T> sink(a, s);
+  Sink sink = sink_of_values<T>(a, s);
   for (int64_t r = p.first; r < p.last; ++r) {
     T* target = row_of<T>(a.x, p.outer, r);
     decode_run<bits>(form, codes_of<bits>(a, s, p.outer, r), 0, a.width, Each{zero}, Each{scale}, sink.begin(target));
-    sink.end(target, a.width);
+    sink.end(target, a.width * int64_t(sizeof(T)));
   }
 }
 
@@ -464,11 +501,12 @@ void in_pieces(const QuantizeArgs& a, Piece piece) {
 #pragma omp parallel if (a.outer * a.rows * a.width >= kSerialElements)
   {
     Scratch scratch(groups, height, a.width);
-#pragma omp for schedule(static)
+#pragma omp for schedule(static) nowait
     for (int64_t i = 0; i < pieces; ++i) {
       const int64_t first = i % per_outer * height;
       piece(a, form, scratch, {i / per_outer, first, std::min(first + height, a.rows)});
     }
+    Sink::settle();
   }
 }
 

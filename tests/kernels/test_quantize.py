@@ -206,13 +206,38 @@ def test_views_and_preallocated_output(isa: str) -> None:
     assert torch.equal(slanted, dequantize(part, backend="reference"))
 
 
-def test_large_results_are_written_around_the_caches(isa: str) -> None:
-    x = entries(2, 64, 128, dtype=torch.bfloat16).repeat(1, 1600, 1)
-    q = quantize(x, bits=4, axis="token", group=128, backend="native")
-    values = dequantize(q, backend="native")
-    assert values.numel() * 2 > 24 << 20
-    small = dequantize(quantize(x[:, :64], bits=4, axis="token", group=128), backend="reference")
-    assert torch.equal(values, small.repeat(1, 1600, 1))
+@pytest.mark.parametrize("backend_name", ["native", "reference"])
+def test_codes_go_where_the_caller_wants_them(isa: str, backend_name: str) -> None:
+    x = entries(2, 128, 64, dtype=torch.bfloat16)
+    want = quantize(x, bits=4, axis="channel", group=64, backend="reference")
+    pages = torch.full((2, 300, 40), 7, dtype=torch.uint8)
+    factors = torch.full((2, 2, 6, 64), 7.0, dtype=torch.bfloat16)
+    out = Quantized(
+        codes=pages[:, 100:228, 4:36],
+        scale=factors[0][:, 1:3],
+        zero=factors[1][:, 1:3],
+        bits=4,
+        axis="channel",
+        group=64,
+    )
+    got = quantize(x, bits=4, axis="channel", group=64, out=out, backend=backend_name)  # type: ignore[arg-type]
+    assert got.codes.data_ptr() == out.codes.data_ptr()
+    same(Quantized(**{**vars(got), "codes": got.codes.contiguous()}), want)
+    out.codes[:], factors[:, :, 1:3] = 7, 7.0
+    assert bool((pages == 7).all() & (factors == 7.0).all())
+    with pytest.raises(ValueError, match="out does not fit"):
+        quantize(x, bits=2, axis="channel", group=64, out=out)
+
+
+@pytest.mark.parametrize(("axis", "group", "bits"), [("token", 128, 4), ("token", 32, 2), ("channel", 64, 8)])
+def test_large_results_are_written_around_the_caches(isa: str, axis: Axis, group: int, bits: int) -> None:
+    # The last piece of tokens is shorter than the others.
+    x = entries(1, 8, 128, dtype=torch.bfloat16).repeat(1, 13_001 if axis == "token" else 13_000, 1)
+    assert x.numel() * 2 > 24 << 20
+    want = quantize(x, bits=bits, axis=axis, group=group, backend="reference")
+    got = quantize(x, bits=bits, axis=axis, group=group, backend="native")
+    same(got, want)
+    assert torch.equal(dequantize(got, backend="native"), dequantize(want, backend="reference"))
 
 
 @given(codes=st.lists(st.integers(0, 255), min_size=8, max_size=8), bits=st.sampled_from(BITS))

@@ -403,7 +403,7 @@ def _both_ways(
     moved = float(x_HSD.numel() * x_HSD.element_size() + q.bytes)
 
     def there(backend: Literal["native", "reference"]) -> Callable[[], object]:
-        return lambda: quantize(x_HSD, bits=bits, axis=axis, group=group, backend=backend)
+        return lambda: quantize(x_HSD, bits=bits, axis=axis, group=group, out=q, backend=backend)
 
     def back(backend: Literal["native", "reference"]) -> Callable[[], object]:
         return lambda: dequantize(q, out=out_HSD, backend=backend)
@@ -438,6 +438,4 @@ def groups(*, quick: bool, ops: tuple[str, ...]) -> Iterator[Callable[[], Group]
         for inner, outer in every[:1] if quick else every:
             yield partial(_matvec, inner, outer, (48 if quick else 256) << 20)
     if "quantize" in ops:
-        # More than the caches hold, and codes of less than the 32 MiB from which the C library
-        # would map fresh pages for every result.
-        yield partial(_quantize, 4096 if quick else 24576)
+        yield partial(_quantize, 4096 if quick else 32768)

@@ -124,7 +124,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
     axes.set_xlim(0, max(115.0, *(100 * row["of_limit"] + 12 for row in ours)))
     axes.axvline(100, color="black", linewidth=0.8, linestyle=":")
     axes.set_xlabel(
-        "% of the machine's limit (bf16 matrix product or reading). Black: the floor. "
+        "% of the machine's limit (bf16 matrix product or reading). Black: the floor.\n"
         "Orange: PyTorch's best form on the same work. Grey: times as fast as PyTorch",
         size=7,
     )

@@ -18,7 +18,7 @@ from torch import Tensor
 from winnow.kernels.backend import Backend, choose
 
 from . import native, reference
-from .form import Axis, Quantized, check_form
+from .form import Axis, Quantized, check_form, check_out
 
 __all__ = ["Axis", "Quantized", "dequantize", "quantize"]
 
@@ -30,6 +30,7 @@ def quantize(
     axis: Axis,
     group: int,
     symmetric: bool = False,
+    out: Quantized | None = None,
     backend: Backend = "auto",
 ) -> Quantized:
     """Round ``x`` to a few bits.
@@ -47,6 +48,8 @@ def quantize(
         How many of them; divides ``D`` or ``n``.
     symmetric : bool
         No zero point: half the metadata, and coarser where values lie to one side.
+    out : Quantized or None
+        Where to write: an earlier result of the same form, or views such as the rows of a page.
     backend : Backend
 
     Returns
@@ -58,21 +61,26 @@ def quantize(
     Raises
     ------
     ValueError
-        If the last group would be partial, the bits do not fill bytes, or the backend cannot run.
+        If the last group would be partial, the bits do not fill bytes, ``out`` has another form, or
+        the backend cannot run.
     """
     if x.dim() < 2 or not x.is_floating_point():
         raise ValueError(f"quantize takes floating values [..., n, D], got {x.dtype} {list(x.shape)}")
     check_form(x.shape[-2], x.shape[-1], bits, axis, group)
     if backend == "auto" and x.is_cuda and axis == "token" and group * bits % 8:
         backend = "reference"  # the Triton kernel writes whole bytes
-    chosen = choose("quantize", backend, x.device, unsupported=native.quantize_unsupported(x))
+    if out is not None:
+        check_out(out, x.shape, bits, axis, group, symmetric)
+    chosen = choose("quantize", backend, x.device, unsupported=native.quantize_unsupported(x, out))
     if chosen == "native":
-        return native.quantize(x, bits, axis, group, symmetric)
+        return native.quantize(x, bits, axis, group, symmetric, out)
     if chosen == "triton":
         from . import triton
 
-        return triton.quantize(x, bits, axis, group, symmetric)
-    return reference.quantize(x, bits, axis, group, symmetric)
+        made = triton.quantize(x, bits, axis, group, symmetric)
+    else:
+        made = reference.quantize(x, bits, axis, group, symmetric)
+    return made if out is None else out.copy_(made)
 
 
 def dequantize(

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 from torch import Tensor
 
-__all__ = ["Axis", "Quantized", "check_form", "levels"]
+__all__ = ["Axis", "Quantized", "check_form", "check_out", "levels", "shapes"]
 
 Axis = Literal["token", "channel"]
 
@@ -54,6 +56,14 @@ class Quantized:
         metadata = self.scale.numel() * (1 if self.zero is None else 2)
         return self.codes.numel() + metadata * self.scale.element_size()
 
+    def copy_(self, other: Quantized) -> Quantized:
+        """Take over the contents of another one of the same form."""
+        self.codes.copy_(other.codes)
+        self.scale.copy_(other.scale)
+        if self.zero is not None and other.zero is not None:
+            self.zero.copy_(other.zero)
+        return self
+
 
 def levels(bits: int, symmetric: bool) -> int:
     """Largest code of the asymmetric form, largest magnitude of the symmetric one."""
@@ -73,4 +83,30 @@ def check_form(tokens: int, width: int, bits: int, axis: Axis, group: int) -> No
         raise ValueError(
             f"{length} {what} do not divide into groups of {group}; keep the remainder unquantised until "
             f"a group is full, or choose a group that divides {length}"
+        )
+
+
+def shapes(x: Sequence[int], bits: int, axis: Axis, group: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Shapes of the codes and of the scale of values of shape ``x``."""
+    *lead, n, width = x
+    factors = (n, width // group) if axis == "token" else (n // group, width)
+    return (*lead, n, width * bits // 8), (*lead, *factors)
+
+
+def check_out(out: Quantized, x: Sequence[int], bits: int, axis: Axis, group: int, symmetric: bool) -> None:
+    """Refuse a place that values of shape ``x`` cannot be written to in this form."""
+    codes, scale = shapes(x, bits, axis, group)
+    right = (
+        (out.bits, out.axis, out.group) == (bits, axis, group)
+        and out.codes.shape == codes
+        and out.scale.shape == scale
+        and (out.zero is None) == symmetric
+        and (out.zero is None or out.zero.shape == scale)
+        and out.codes.dtype == torch.uint8
+        and all(t.dtype == torch.bfloat16 for t in (out.scale, out.zero) if t is not None)
+    )
+    if not right:
+        raise ValueError(
+            f"out does not fit: codes must be uint8 {list(codes)}, scale and zero bfloat16 {list(scale)}, "
+            "bits, axis and group as asked for"
         )

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from winnow.kernels.backend import extension
 
-from .form import Axis, Quantized
+from .form import Axis, Quantized, shapes
 
 __all__ = ["dequantize", "dequantize_unsupported", "quantize", "quantize_unsupported"]
 
@@ -27,9 +27,14 @@ def _unsupported(dtype: torch.dtype, *tensors: Tensor | None) -> str:
     return ""
 
 
-def quantize_unsupported(x: Tensor) -> str:
-    """Why the native kernel cannot quantise ``x``; empty where it can."""
-    return _unsupported(x.dtype, x)
+def quantize_unsupported(x: Tensor, out: Quantized | None) -> str:
+    """Why the native kernel cannot quantise ``x`` (into ``out``); empty where it can."""
+    if out is None:
+        return _unsupported(x.dtype, x)
+    for t in (out.codes, out.scale, out.zero):
+        if t is not None and t.dim() > 3 and not t.is_contiguous():
+            return "out has more than three dimensions and is not contiguous"
+    return _unsupported(x.dtype, x, out.codes, out.scale, out.zero)
 
 
 def dequantize_unsupported(q: Quantized, dtype: torch.dtype, out: Tensor | None) -> str:
@@ -46,27 +51,38 @@ def _three(x: Tensor) -> Tensor:
     return x if x.dim() == 3 else x.reshape(-1, *x.shape[-2:])
 
 
-def quantize(x: Tensor, bits: int, axis: Axis, group: int, symmetric: bool) -> Quantized:
-    *lead, n, width = x.shape
-    scale_shape = (*lead, n, width // group) if axis == "token" else (*lead, n // group, width)
-    codes = torch.empty(*lead, n, width * bits // 8, dtype=torch.uint8)
-    scale = torch.empty(scale_shape, dtype=torch.bfloat16)
-    zero = None if symmetric else torch.empty_like(scale)
+def _empty(x: Tensor, bits: int, axis: Axis, group: int, symmetric: bool) -> Quantized:
+    of_codes, of_scale = shapes(x.shape, bits, axis, group)
+    scale = torch.empty(of_scale, dtype=torch.bfloat16)
+    return Quantized(
+        codes=torch.empty(of_codes, dtype=torch.uint8),
+        scale=scale,
+        zero=None if symmetric else torch.empty_like(scale),
+        bits=bits,
+        axis=axis,
+        group=group,
+    )
+
+
+def quantize(
+    x: Tensor, bits: int, axis: Axis, group: int, symmetric: bool, out: Quantized | None
+) -> Quantized:
+    out = _empty(x, bits, axis, group, symmetric) if out is None else out
     if x.numel():
         x_onw, native = _three(x), extension()
         assert native is not None
         native.quantize(
             _plane(x_onw),
-            _plane(_three(codes)),
-            _plane(_three(scale)),
-            _NONE if zero is None else _plane(_three(zero)),
+            _plane(_three(out.codes)),
+            _plane(_three(out.scale)),
+            _NONE if out.zero is None else _plane(_three(out.zero)),
             *x_onw.shape,
             group,
             bits,
             axis == "channel",
             x.dtype == torch.bfloat16,
         )
-    return Quantized(codes=codes, scale=scale, zero=zero, bits=bits, axis=axis, group=group)
+    return out
 
 
 def dequantize(q: Quantized, out: Tensor) -> None:
