@@ -25,7 +25,7 @@ lint: $(READY)
 	$(BIN)/lint-imports
 
 docs: $(READY)
-	$(BIN)/python -m winnow.methods.pages
+	$(BIN)/python -m winnow.methods.pages docs/methods
 
 # PyTorch goes first and by itself: an index that offers a CPU build is then not overruled by
 # what another package asks for. The kernels build with the pinned tools of requirements/dev.txt.

@@ -34,6 +34,7 @@ from winnow.compression.scorers.window_attention import WindowAttention
 from winnow.generation.a_shape import AShape
 from winnow.generation.anchor import Anchor
 from winnow.generation.protocol import Generation
+from winnow.generation.tri_shape import TriShape
 from winnow.loading.protocol import Selector
 from winnow.loading.sketch import Sketch
 from winnow.loading.tidal import Tidal
@@ -49,7 +50,7 @@ STAGES: tuple[Slot, ...] = ("generation", "compression", "retrieval", "loading")
 """The four stages, in the order in which they are printed."""
 
 PARTS: dict[Slot, dict[str, type]] = {
-    "generation": {"a-shape": AShape, "anchor": Anchor},
+    "generation": {"a-shape": AShape, "anchor": Anchor, "tri-shape": TriShape},
     "compression": {"compress": Compress},
     "scorer": {"window-attention": WindowAttention, "recency": Recency},
     "budget": {"uniform": Uniform, "everything": Everything},

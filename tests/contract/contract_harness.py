@@ -26,6 +26,7 @@ from winnow.compression.scorers.window_attention import WindowAttention
 from winnow.generation.a_shape import AShape
 from winnow.generation.anchor import Anchor
 from winnow.generation.protocol import PrefillLayer
+from winnow.generation.tri_shape import TriShape
 from winnow.kernels.merge import merge
 from winnow.kernels.prefill import prefill
 from winnow.loading.sketch import Sketch
@@ -74,6 +75,7 @@ SAMPLES: dict[type, Sample] = {
     Anchor: Sample(
         Anchor(theta=0.5, block=4, step=3, init=2), Anchor(theta=math.inf, block=4, step=3, init=2)
     ),
+    TriShape: Sample(TriShape(init=3, local=9, last=4), TriShape(init=0, local=9, last=10_000)),
     WindowAttention: Sample(WindowAttention(window=4, pool=3), WindowAttention(window=4, pool=1)),
     Recency: Sample(Recency(sinks=2), Recency(sinks=0)),
     Uniform: Sample(Uniform(keep=11), Uniform(keep=10_000)),
@@ -171,10 +173,24 @@ def cut(segment: Segment, first: int, last: int) -> Segment:
     )
 
 
-def attend(part: Any, d: Data, segments: tuple[Segment, ...] | None = None, state: Any = None) -> Partial:
+def attend(
+    part: Any,
+    d: Data,
+    segments: tuple[Segment, ...] | None = None,
+    state: Any = None,
+    prompt_end: int | None = None,
+) -> Partial:
     """What the engine does with a generation part: patterns, kernel, merge."""
     segments = (d.segment,) if segments is None else segments
-    ctx = PrefillLayer(layer=0, layers=1, q=d.q, query_positions=d.positions, segments=segments, spec=d.spec)
+    ctx = PrefillLayer(
+        layer=0,
+        layers=1,
+        q=d.q,
+        query_positions=d.positions,
+        segments=segments,
+        spec=d.spec,
+        prompt_end=int(d.positions[-1]) + 1 if prompt_end is None else prompt_end,
+    )
     patterns = part.patterns(ctx, part.state() if state is None else state)
     return merge(list(_partials(patterns, d, segments)))
 

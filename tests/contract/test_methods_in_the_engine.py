@@ -27,6 +27,7 @@ ENTRY = 2 * SIZE * 4  # bytes of an entry in float32
 # Parameters that bite on a prompt of a few hundred tokens, and the limit at which nothing changes.
 TIGHT: dict[str, dict[str, Any]] = {
     "a-shape": {"init": 4, "local": 40},
+    "tri-shape": {"init": 4, "local": 40, "last": 8},
     "anchor-attention": {"theta": 0.2, "block": 8, "step": 4, "init": 4},
     "snapkv": {"keep": 40, "window": 8},
     "prefix-reuse": {"page": 16},
@@ -34,6 +35,7 @@ TIGHT: dict[str, dict[str, Any]] = {
 }
 LIMIT: dict[str, dict[str, Any]] = {
     "a-shape": {"init": 0, "local": 10_000},
+    "tri-shape": {"init": 0, "local": 40, "last": 10_000},
     "anchor-attention": {"theta": math.inf, "block": 8, "step": 4, "init": 4},
     "snapkv": {"keep": 10_000, "window": 8},
     "prefix-reuse": {"page": 16},

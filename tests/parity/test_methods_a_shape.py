@@ -33,7 +33,15 @@ def test_equals_attention_under_the_mask(group, stored, new, init, local):
     recipe = load("a-shape", init=init, local=local)
     spec, positions = AttentionSpec(scale=SIZE**-0.5), i.flatten().int()
     segment = Segment(k=k, v=v, lengths=torch.full((HEADS,), stored, dtype=torch.int32))
-    ctx = PrefillLayer(layer=0, layers=1, q=q, query_positions=positions, segments=(segment,), spec=spec)
+    ctx = PrefillLayer(
+        layer=0,
+        layers=1,
+        q=q,
+        query_positions=positions,
+        segments=(segment,),
+        spec=spec,
+        prompt_end=int(positions[-1]) + 1,
+    )
     (pattern,) = recipe.generation.patterns(ctx, recipe.generation.state())
     result = prefill(q, segment, spec=spec, query_positions=positions, form=pattern.form)
     torch.testing.assert_close(result.out, expected, atol=2e-5, rtol=0)

@@ -58,7 +58,15 @@ def run(recipe, q, k, v):
     length = q.shape[0]
     spec, positions = AttentionSpec(scale=SIZE**-0.5), torch.arange(length, dtype=torch.int32)
     segment = Segment(k=k, v=v, lengths=torch.full((HEADS,), length, dtype=torch.int32))
-    ctx = PrefillLayer(layer=0, layers=1, q=q, query_positions=positions, segments=(segment,), spec=spec)
+    ctx = PrefillLayer(
+        layer=0,
+        layers=1,
+        q=q,
+        query_positions=positions,
+        segments=(segment,),
+        spec=spec,
+        prompt_end=int(positions[-1]) + 1,
+    )
     (pattern,) = recipe.generation.patterns(ctx, recipe.generation.state())
     parts = [pattern.done]
     if pattern.form is not None:
@@ -108,6 +116,7 @@ def test_identical_queries_in_a_tile_lose_no_column_within_theta():
         query_positions=positions,
         segments=(segment,),
         spec=AttentionSpec(scale=SIZE**-0.5),
+        prompt_end=96,
     )
     form = part.patterns(ctx, part.state())[0].form
     near = 0

@@ -252,7 +252,15 @@ def test_anchor_regions_tile_the_sequence_wherever_a_call_begins(total, new, bor
         (-math.inf, (j <= i) & ((j < init) | (j >= i // rows * rows))),
     ):
         part = Anchor(theta=theta, block=block, step=step, init=init)
-        ctx = PrefillLayer(layer=0, layers=1, q=q, query_positions=positions, segments=segments, spec=spec)
+        ctx = PrefillLayer(
+            layer=0,
+            layers=1,
+            q=q,
+            query_positions=positions,
+            segments=segments,
+            spec=spec,
+            prompt_end=int(positions[-1]) + 1,
+        )
         results = []
         for pattern, one in zip(part.patterns(ctx, None), segments, strict=True):
             results.append(pattern.done)

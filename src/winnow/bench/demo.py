@@ -170,10 +170,10 @@ def _size(count: float, unit: str) -> str:
 def reading() -> str:
     """How to read the table."""
     return (
-        "Exact match over free generation by the embedded model. First token, scores computed and KV stored: "
-        "median of first turns; tokens/s and KV read: median of all turns. In brackets: beside full attention "
-        "in this run. A recipe that drops entries for the first question loses later ones; one that keeps all "
-        "and reads sparsely does not."
+        "Exact match over free generation by the embedded model. First token, scores computed and KV "
+        "stored: median of first turns; tokens/s and KV read: median of all turns. In brackets: beside "
+        "full attention in this run. A recipe that drops entries for the first question loses later ones; "
+        "one that keeps all and reads sparsely does not."
     )
 
 

@@ -99,6 +99,7 @@ class StepAttention:
                 query_positions=positions_T,
                 segments=segments,
                 spec=spec,
+                prompt_end=len(sequence.tokens),
                 backend=self._backend,
             )
             patterns = generation.patterns(ctx, sequence.generation_state)

@@ -305,7 +305,8 @@ class Engine:
         sequence, count = run.sequence, part.last - part.first
         exact = part.prompt or (self.recipe.loading is None and self.recipe.generation is None)
         if exact and sequence.pure == sequence.store.length - count:
-            sequence.pure = sequence.store.length
+            tail = self.recipe.generation.tail if self.recipe.generation and part.prompt else 0
+            sequence.pure = max(sequence.pure, min(sequence.store.length, len(sequence.tokens) - tail))
 
     def _prompt_done(self, run: _Run) -> None:
         sequence = run.sequence

@@ -49,6 +49,11 @@ class AShape:
         """Any chunk borders give the same result: the rule reads positions only."""
         return 1
 
+    @property
+    def tail(self) -> int:
+        """None: the end of a prompt is computed like its inside."""
+        return 0
+
     def state(self) -> None:
         """No state."""
 

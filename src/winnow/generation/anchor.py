@@ -88,6 +88,11 @@ class Anchor:
         """Queries per super-block."""
         return self.block * self.step
 
+    @property
+    def tail(self) -> int:
+        """None: the end of a prompt is computed like its inside."""
+        return 0
+
     def state(self) -> None:
         """No state."""
 

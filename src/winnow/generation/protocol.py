@@ -29,6 +29,8 @@ class PrefillLayer:
         All entries of the layer in ascending position; the last segment ends with the chunk's
         own ``T`` entries.
     spec : AttentionSpec
+    prompt_end : int
+        Position after the prompt's last token: chunks before the last end earlier.
     backend : Backend
         What kernels that the part calls itself are to run on.
     """
@@ -39,6 +41,7 @@ class PrefillLayer:
     query_positions: Tensor
     segments: tuple[Segment, ...]
     spec: AttentionSpec
+    prompt_end: int
     backend: Backend = "auto"
 
 
@@ -53,6 +56,11 @@ class Generation(Protocol):
     @property
     def chunk_multiple(self) -> int:
         """Chunk borders must be multiples of this for chunked prefill to equal whole prefill."""
+        ...
+
+    @property
+    def tail(self) -> int:
+        """Tokens at a prompt's end whose entries depend on its ending there: no pool may have them."""
         ...
 
     def state(self) -> Any:

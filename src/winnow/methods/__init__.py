@@ -16,6 +16,7 @@ from winnow.methods.anchor_attention import anchor_attention
 from winnow.methods.prefix_reuse import prefix_reuse
 from winnow.methods.snapkv import snapkv
 from winnow.methods.tidal_decode import tidal_decode
+from winnow.methods.tri_shape import tri_shape
 from winnow.recipe import Recipe, Slot, nearest, parse_yaml, read_value
 
 __all__ = ["METHODS", "Method", "from_text", "load", "packaged", "rows"]
@@ -57,6 +58,14 @@ METHODS: dict[str, Method] = {
             paper="arXiv 2309.17453, 2407.02490",
             needs="nothing",
             saves="score entries of the prefill: linear in the length",
+        ),
+        Method(
+            name="tri-shape",
+            make=tri_shape,
+            stage="generation",
+            paper="arXiv 2412.10319",
+            needs="nothing",
+            saves="score entries of the prefill: linear in the length, but for the last tokens",
         ),
         Method(
             name="anchor-attention",
