@@ -155,7 +155,8 @@ def _random(shape: tuple[int, ...], layer: int, which: int) -> Tensor:
 
 
 def _recipes(decode_at: int, prefill: int) -> dict[str, Recipe]:
-    keep = decode_at // _READ
+    # Below a few thousand entries the forced ones (sinks, recent) would leave nothing to search.
+    keep = max(decode_at // _READ, 128)
     return {
         "winnow full": Recipe(),
         "winnow search": Recipe(loading=Sketch(keep=keep, every=1)),
@@ -228,7 +229,7 @@ def run(
         return [name for name in wanted if name not in missing]
 
     module = random_model(preset, seed=0, dtype=torch.bfloat16)
-    recipes = _recipes(decode_at or 1, prefill or 1)
+    recipes = _recipes(decode_at, prefill)
     made: dict[str, Contender] = {}
 
     def contender(name: str) -> Contender:
