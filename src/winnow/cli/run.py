@@ -71,7 +71,7 @@ def run(
         for event in llm.stream(text, progress=progress, **options):
             print(event.text, end="", flush=True)
             last = event
-    print()
+    print(flush=True)
     if last is not None:
         show.notes.print(show.stats_line(last.result.stats), style="dim")
 
@@ -135,7 +135,7 @@ def chat(
             if as_json:
                 show.emit_json({"message": line, **event.result.to_dict()})
             else:
-                print()
+                print(flush=True)
                 show.notes.print(show.stats_line(event.result.stats), style="dim")
     finally:
         session.close()
