@@ -24,10 +24,11 @@ from torch import Tensor, nn
 
 from winnow import api
 from winnow.bench import llama_cpp
-from winnow.bench.machine import describe
+from winnow.bench.machine import describe, read_seconds
 from winnow.engine.request import SamplingParams
 from winnow.engine.session import Session
 from winnow.generation.a_shape import AShape
+from winnow.kernels.backend import extension
 from winnow.loading.sketch import Sketch
 from winnow.models.peers import hf_cache
 from winnow.models.random import random_model
@@ -149,6 +150,31 @@ class _Winnow:
             self._session = None
 
 
+class _Limit:
+    """What no exact decoder can beat: reading every weight and every entry once."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._config: Any = module.config
+        # Tied weights are one tensor, fused ones are views of one storage: read each byte once.
+        self._weights = list({p.data_ptr(): p.detach() for p in module.parameters()}.values())
+        self._entries: Tensor | None = None
+
+    def fill(self, entries: int, room: int) -> None:
+        c = self._config
+        values = 2 * c.num_hidden_layers * c.num_key_value_heads * entries * c.head_dim
+        self._entries = torch.ones(values, dtype=torch.bfloat16)
+
+    def decode(self, tokens: int) -> float:
+        assert self._entries is not None
+        return sum(read_seconds(*self._weights, self._entries) for _ in range(tokens)) / tokens
+
+    def prefill(self, ids: list[int]) -> float:
+        raise NotImplementedError("a prefill is bound by products, not by reading")
+
+    def drop(self) -> None:
+        self._entries = None
+
+
 def _random(shape: tuple[int, ...], layer: int, which: int) -> Tensor:
     generator = torch.Generator().manual_seed(2 * layer + which)
     return torch.randn(shape, generator=generator, dtype=torch.float32).to(torch.bfloat16)
@@ -176,6 +202,7 @@ CONTENDERS: dict[str, tuple[str, ...]] = {
         "winnow search",
         "winnow search, reused over layers",
         "llama.cpp",
+        "reading it all once",
     ),
     "prefill": ("hf dynamic", "winnow full", "winnow sparse prefill", "llama.cpp"),
 }
@@ -220,6 +247,8 @@ def run(
             raise ValueError(f"unknown contender {name!r}; there are {', '.join(sorted(known))}")
 
     missing = {"llama.cpp": why} if (why := llama_cpp.available()) else {}
+    if extension() is None:
+        missing["reading it all once"] = "the native kernels were not built; install a C++ compiler"
     for name in contenders or ():
         if name in missing:
             raise ValueError(missing[name])
@@ -236,6 +265,8 @@ def run(
         if name not in made:
             if name.startswith("hf "):
                 made[name] = _HuggingFace(module, name.removeprefix("hf "))
+            elif name == "reading it all once":
+                made[name] = _Limit(module)
             elif name == "llama.cpp":
                 made[name] = llama_cpp.LlamaCpp(module, torch.get_num_threads())
             else:

@@ -41,7 +41,8 @@ def markdown(report: dict[str, Any]) -> str:
     lines.append("")
     lines.append(
         f"Documents of {config['tokens']} tokens, {config['turns']} questions each, one after the other in a "
-        f"session; exact match over free generation by the embedded model; {machine.get('cpu', 'unknown')}. "
+        f"session; exact match over free generation by the embedded model; {machine['cpu']['name']}, "
+        f"{machine['cores']} cores. "
         "Made by `winnow demo`; raw samples in `benchmarks/results/demo.json`."
     )
     return "\n".join(lines)
