@@ -31,12 +31,7 @@ def demo(
     """Answer questions over long documents with full attention and with recipes; print one table."""
     from winnow.bench import demo as bench
 
-    with show.progress_bar() as bar:
-        task = bar.add_task("starting", total=None)
-
-        def progress(what: str, done: int, total: int) -> None:
-            bar.update(task, description=what, completed=done, total=total)
-
+    with show.step_progress() as progress:
         report = bench.run(
             tokens=tokens, documents=documents, turns=turns, recipes=recipe or None, progress=progress
         )
@@ -59,12 +54,7 @@ def kernels(
     """Time each kernel beside the machine's limit and PyTorch's best form, in one run."""
     from winnow.bench import kernels as bench
 
-    with show.progress_bar() as bar:
-        task = bar.add_task("starting", total=None)
-
-        def progress(what: str, done: int, total: int) -> None:
-            bar.update(task, description=what, completed=done, total=total)
-
+    with show.step_progress() as progress:
         report = bench.run(quick=quick, ops=op, out=out, progress=progress)
     if as_json:
         show.emit_json(report)
@@ -86,12 +76,7 @@ def end_to_end(
     """Whole models beside Hugging Face's caches and llama.cpp: decode, prefill, memory, in one run."""
     from winnow.bench import end_to_end as bench
 
-    with show.progress_bar() as bar:
-        task = bar.add_task("starting", total=None)
-
-        def progress(what: str, done: int, total: int) -> None:
-            bar.update(task, description=what, completed=done, total=total)
-
+    with show.step_progress() as progress:
         report = bench.run(
             contenders=contender, decode_at=decode_at, prefill=prefill, preset=preset, progress=progress
         )

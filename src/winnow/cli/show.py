@@ -11,7 +11,15 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-__all__ = ["bytes_text", "console", "emit_json", "progress_bar", "stats_line", "token_progress"]
+__all__ = [
+    "bytes_text",
+    "console",
+    "emit_json",
+    "progress_bar",
+    "stats_line",
+    "step_progress",
+    "token_progress",
+]
 
 console = Console()
 # Progress and notes go to stderr: stdout holds the answer, or the JSON, alone.
@@ -68,5 +76,17 @@ def token_progress(quiet: bool = False) -> Iterator[Callable[[int, int, int], No
                 bar.update(task, description=f"writing ({generated} tokens)", completed=done, total=total)
             else:
                 bar.update(task, completed=done, total=total)
+
+        yield update
+
+
+@contextmanager
+def step_progress() -> Iterator[Callable[[str, int, int], None]]:
+    """The benchmarks' progress callback: what runs, steps done, steps in all."""
+    with progress_bar() as bar:
+        task = bar.add_task("starting", total=None)
+
+        def update(what: str, done: int, total: int) -> None:
+            bar.update(task, description=what, completed=done, total=total)
 
         yield update
