@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from winnow import api
@@ -131,16 +132,21 @@ def table(report: dict[str, Any]) -> Table:
     """The report as a table, beside full attention."""
     out = Table(
         "recipe",
-        "answers right",
-        "turn 1",
-        "later turns",
-        "first token",
-        "tokens/s",
-        "scores computed",
-        "KV stored",
-        "KV read / token",
+        "right",
+        "1st",
+        "later",
+        "first\ntoken",
+        "tokens\nper s",
+        "scores",
+        "KV\nstored",
+        "KV\nread",
         title=f"Documents of {report['config']['tokens']} tokens, {report['config']['turns']} questions each",
+        box=SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+        pad_edge=False,
     )
+    for column in out.columns:
+        column.no_wrap = True
     base = report["rows"][0]
     for row in report["rows"]:
         share = ["{}/{}".format(*row[key]) for key in ("right", "right_first_turn", "right_later_turns")]
@@ -150,9 +156,8 @@ def table(report: dict[str, Any]) -> Table:
             f"{row['time_to_first_token'] * 1e3:.0f} ms",
             f"{row['decode_tokens_per_second']:.0f}",
             *(
-                f"{_size(row[key], unit)} ({row[key] / base[key]:.0%})"
-                if base[key]
-                else _size(row[key], unit)
+                # The share stands below the size: nine columns then fit a terminal of 80.
+                f"{_size(row[key], unit)}\n{row[key] / base[key]:.0%}" if base[key] else _size(row[key], unit)
                 for key, unit in (("score_entries", ""), ("bytes_stored", "B"), ("bytes_read_per_token", "B"))
             ),
         )
@@ -170,10 +175,11 @@ def _size(count: float, unit: str) -> str:
 def reading() -> str:
     """How to read the table."""
     return (
-        "Exact match over free generation by the embedded model. First token, scores computed and KV "
-        "stored: median of first turns; tokens/s and KV read: median of all turns. In brackets: beside "
-        "full attention in this run. A recipe that drops entries for the first question loses later ones; "
-        "one that keeps all and reads sparsely does not."
+        "Exact match over free generation by the embedded model: all turns, first turns, later turns. "
+        "First token, scores computed in the prefill and KV stored: median of first turns; tokens/s and KV "
+        "read per token: median of all turns. Per cent: beside full attention in this run. A recipe that "
+        "drops entries for the first question loses later ones; one that keeps all and reads sparsely "
+        "does not."
     )
 
 
