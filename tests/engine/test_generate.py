@@ -133,7 +133,8 @@ def test_logprobs_are_those_of_the_model(llm, module):
 
 
 @given(
-    logits=st.lists(st.floats(-8, 8), min_size=2, max_size=20),
+    # On a grid: equal logits are ties, and no two differ by less than the rounding of a softmax.
+    logits=st.lists(st.integers(-64, 64).map(lambda i: i / 8), min_size=2, max_size=20),
     top_p=st.floats(0.05, 1.0),
     top_k=st.integers(0, 25),
     min_p=st.floats(0.0, 1.0),
@@ -145,7 +146,7 @@ def test_filters_keep_the_likeliest_tokens_and_sum_to_one(logits, top_p, top_k, 
     params = SamplingParams(temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p)
     probs = filtered(row, params)
     assert float(probs.sum()) == pytest.approx(1.0)
-    assert probs[row.argmax()] > 0
+    assert bool((probs[row == row.max()] > 0).any())
     kept, dropped = row[probs > 0], row[probs == 0]
     if dropped.numel():
         assert float(kept.min()) >= float(dropped.max())
