@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from winnow.bench import demo, end_to_end, readme
+from winnow.bench import demo, end_to_end, output, readme
 
 ROOT = Path(__file__).parents[2]
 
@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[2]
 def test_readme_shows_the_committed_run():
     report = json.loads((ROOT / "benchmarks/results/demo.json").read_text(encoding="utf-8"))
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert readme.insert(text, readme.markdown(report)) == text
+    assert output.insert(text, "demo", readme.markdown(report)) == text
     for image in ("docs/images/demo.png", "docs/images/embedded-heads.png"):
         assert (ROOT / image).stat().st_size > 5000
 
@@ -35,7 +35,7 @@ def test_a_small_demo_counts_every_answer(tmp_path):
     assert full["right"] == [6, 6]
     assert sparse["bytes_read_per_token"] < full["bytes_read_per_token"]
     out = tmp_path / "results" / "demo.json"
-    demo.save(report, out)
+    output.save(report, out)
     assert json.loads(out.read_text())["config"]["tokens"] == 700
     assert demo.table(report).row_count == 2
     readme.draw(report, tmp_path / "demo.png")

@@ -6,10 +6,8 @@ by exact match, bytes are those of live allocations and of entries that the kern
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
@@ -19,7 +17,7 @@ from winnow import api
 from winnow.bench.machine import describe
 from winnow.models.embedded import documents as docs
 
-__all__ = ["RECIPES", "TASKS", "reading", "run", "save", "table"]
+__all__ = ["RECIPES", "TASKS", "reading", "run", "table"]
 
 # One that reads less, one that keeps less, and one that does something at all four stages.
 RECIPES = ("sparse-read", "keep-quarter", "four-stages")
@@ -181,9 +179,3 @@ def reading() -> str:
         "drops entries for the first question loses later ones; one that keeps all and reads sparsely "
         "does not."
     )
-
-
-def save(report: dict[str, Any], out: Path) -> None:
-    """Write the report as JSON."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")

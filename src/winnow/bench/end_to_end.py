@@ -15,7 +15,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -34,7 +33,7 @@ from winnow.models.peers import hf_cache
 from winnow.models.random import random_model
 from winnow.recipe import Recipe
 
-__all__ = ["CONTENDERS", "run", "save", "tables"]
+__all__ = ["CONTENDERS", "run", "tables"]
 
 Progress = Callable[[str, int, int], None]
 
@@ -412,12 +411,6 @@ def tables(report: dict[str, Any]) -> list[Table]:
         table.add_row(*sizes, f"{memory['over']:+.1%}")
         out.append(table)
     return out
-
-
-def save(report: dict[str, Any], out: Path) -> None:
-    """Write the report as JSON."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

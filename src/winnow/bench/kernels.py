@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import difflib
 import gc
-import json
 import statistics
 import time
 from collections.abc import Callable
@@ -20,6 +19,7 @@ import torch
 
 from winnow.bench import machine, report
 from winnow.bench.kernel_cases import OPS, Contender, Group, groups
+from winnow.bench.output import save
 from winnow.kernels.backend import extension
 
 __all__ = ["OPS", "run", "table"]
@@ -217,7 +217,6 @@ def run(
     result["config"]["seconds"] = time.perf_counter() - start
     tell("done", len(builders), len(builders))
     if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(result, indent=1) + "\n")
+        save(result, out)
         report.draw_beside(out)
     return result

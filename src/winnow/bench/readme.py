@@ -10,9 +10,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-__all__ = ["draw", "insert", "markdown"]
+from winnow.bench.output import insert
 
-_BEGIN, _END = "<!-- demo: begin -->", "<!-- demo: end -->"
+__all__ = ["draw", "markdown"]
 
 
 def markdown(report: dict[str, Any]) -> str:
@@ -46,13 +46,6 @@ def markdown(report: dict[str, Any]) -> str:
         "Made by `winnow demo`; raw samples in `benchmarks/results/demo.json`."
     )
     return "\n".join(lines)
-
-
-def insert(readme: str, table: str) -> str:
-    """README text with the table between its marks."""
-    head, rest = readme.split(_BEGIN)
-    _, tail = rest.split(_END)
-    return f"{head}{_BEGIN}\n{table}\n{_END}{tail}"
 
 
 def draw(report: dict[str, Any], path: Path) -> None:
@@ -91,7 +84,7 @@ def main(root: Path) -> None:
     """Rewrite the table and the picture under a checkout's root."""
     report = json.loads((root / "benchmarks/results/demo.json").read_text(encoding="utf-8"))
     readme = root / "README.md"
-    readme.write_text(insert(readme.read_text(encoding="utf-8"), markdown(report)), encoding="utf-8")
+    readme.write_text(insert(readme.read_text(encoding="utf-8"), "demo", markdown(report)), encoding="utf-8")
     draw(report, root / "docs/images/demo.png")
 
 

@@ -14,9 +14,9 @@ from typing import Any
 
 from rich.table import Table
 
-__all__ = ["draw", "draw_beside", "insert", "markdown", "table"]
+from winnow.bench import output
 
-_BEGIN, _END = "<!-- kernels: begin -->", "<!-- kernels: end -->"
+__all__ = ["draw", "draw_beside", "insert", "markdown", "table"]
 
 
 def _time(seconds: float) -> str:
@@ -180,8 +180,7 @@ def markdown(result: dict[str, Any]) -> str:
 
 def insert(page: str, result: dict[str, Any]) -> str:
     """The page with the table of this result between its markers."""
-    before, rest = page.split(_BEGIN)
-    return f"{before}{_BEGIN}\n\n{markdown(result)}\n\n{_END}{rest.split(_END)[1]}"
+    return output.insert(page, "kernels", markdown(result))
 
 
 def main(source: Path, repository: Path) -> None:

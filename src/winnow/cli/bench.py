@@ -30,13 +30,14 @@ def demo(
 ) -> None:
     """Answer questions over long documents with full attention and with recipes; print one table."""
     from winnow.bench import demo as bench
+    from winnow.bench.output import save
 
     with show.step_progress() as progress:
         report = bench.run(
             tokens=tokens, documents=documents, turns=turns, recipes=recipe or None, progress=progress
         )
     if out is not None:
-        bench.save(report, out)
+        save(report, out)
     if as_json:
         show.emit_json(report)
     else:
@@ -75,13 +76,14 @@ def end_to_end(
 ) -> None:
     """Whole models beside Hugging Face's caches and llama.cpp: decode, prefill, memory, in one run."""
     from winnow.bench import end_to_end as bench
+    from winnow.bench.output import save
 
     with show.step_progress() as progress:
         report = bench.run(
             contenders=contender, decode_at=decode_at, prefill=prefill, preset=preset, progress=progress
         )
     if out is not None:
-        bench.save(report, out)
+        save(report, out)
     if as_json:
         show.emit_json(report)
     else:

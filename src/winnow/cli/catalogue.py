@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -56,7 +55,7 @@ def recipe_check(
     """Say whether a recipe can be made (and served by a model); exit code 2 with the reason if not."""
     from winnow.methods import load
 
-    found = load(Path(recipe) if Path(recipe).suffix in (".yaml", ".yml") else recipe)
+    found = load(recipe)
     if model is not None:
         from winnow.models.load import load_model
 

@@ -71,7 +71,7 @@ def _score(compression: Compress, sequence: Sequence, layer: int, spec: Attentio
 
 def _entries(sequence: Sequence) -> int:
     store = sequence.store
-    return sum(int(s.lengths.sum()) for layer in range(store.layers) for s in store.segments(layer))
+    return sum(sum(store.lengths(layer)) for layer in range(store.layers))
 
 
 @contextmanager

@@ -65,7 +65,8 @@ class _Run:
     siblings: list[_Run] = field(default_factory=list)  # samples that wait for this prompt
     held: str = ""  # text that may be the beginning of a stop string
     first_token_at: float = 0.0
-    prompt_end: int = 0
+    prompt_end: int
+    begin: tuple[int, int, int]  # where a session's turn began, for Sequence.rollback
 
     @property
     def pending(self) -> int:
@@ -74,11 +75,6 @@ class _Run:
     @property
     def prompting(self) -> bool:
         return self.sequence.store.length < self.prompt_end
-
-    def start(self) -> tuple[int, int, int]:
-        """Where a turn that has not run yet begins: for Sequence.rollback."""
-        before = self.prompt_end - len(self.result.prompt_token_ids)
-        return before, self.sequence.store.length, self.sequence.turns
 
 
 class Engine:
@@ -165,6 +161,8 @@ class Engine:
         own = sequence if sequence is not None else self.new_sequence()
         if not keep:
             self._reuse(own, tokens, salt)
+        own.forget_queries()
+        begin = (len(own.tokens), own.store.length, own.turns)
         stats.tokens_reused = own.store.length
         own.tokens.extend(tokens)
         stats.tokens_computed = len(own.tokens) - own.store.length
@@ -180,6 +178,7 @@ class Engine:
                 stream=generator(params, s.index),
                 words=self._words() if self._words else None,
                 prompt_end=len(own.tokens),
+                begin=begin,
             )
             for s in samples
         ]
@@ -217,12 +216,10 @@ class Engine:
         An exception or an abandoned iteration (Ctrl-C included) frees every running sequence
         and rolls a session's sequence back to where its turn began.
         """
-        starts: dict[int, tuple[int, int, int]] = {}
         try:
             while self._running or self._waiting:
                 while self._waiting and len(self._running) < self.limits.max_num_seqs:
                     run = self._waiting.pop(0)
-                    starts[id(run)] = run.start()
                     self._running.append(run)
                 yield from self._step()
                 if progress is not None:
@@ -231,7 +228,7 @@ class Engine:
             for run in [*self._running, *self._waiting]:
                 run.sample.finish_reason = run.sample.finish_reason or "cancelled"
                 if run.keep:
-                    run.sequence.rollback(*starts.get(id(run), run.start()))
+                    run.sequence.rollback(*run.begin)
                 else:
                     run.sequence.close()
             self._running.clear()
@@ -260,8 +257,6 @@ class Engine:
                 continue
             at = run.sequence.store.length
             final = at + count == len(run.sequence.tokens)
-            if run.prompting and at == run.prompt_end - run.result.stats.tokens_computed:
-                run.sequence.forget_queries()
             slices.append(
                 Slice(
                     sequence=run.sequence,
