@@ -16,8 +16,7 @@ task           facts                               question                   an
 The model answers a variable with its chain, ``bako = 48-21``; only the last value counts.
 In ``labels`` the noun asked for is never one of the examples: its category decides.
 
-The same arguments give the same bytes on every machine and Python: of `random.Random` only
-the seeding by a string and ``random()`` are used, which Python keeps stable.  Seeds in
+The same arguments give the same bytes on every machine and Python (`Dice`).  Seeds in
 `HELD_OUT` are for evaluation, demonstration and benchmarks; training refuses them.
 """
 
@@ -25,17 +24,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from random import Random
-from typing import Literal, TypeVar
+from typing import Literal
 
 from winnow.models.embedded import language as lang
+from winnow.models.embedded.dice import Dice
 
 __all__ = ["HELD_OUT", "TASKS", "Document", "Turn", "make", "prompt", "score"]
 
 Task = Literal["key-value", "needles", "variables", "labels", "mixed"]
 Filler = Literal["sentences", "words", "noise"]
 Pieces = tuple[str, ...]
-T = TypeVar("T")
 
 TASKS: tuple[Task, ...] = ("key-value", "needles", "variables", "labels", "mixed")
 HELD_OUT = range(1_000_000)
@@ -91,31 +89,7 @@ class _Ask:
     facts: tuple[int, ...]
 
 
-class _Dice:
-    """Random choices built on ``Random.random`` alone, whose sequence Python keeps stable."""
-
-    def __init__(self, seed: str) -> None:
-        self._random = Random(seed).random
-
-    def below(self, n: int) -> int:
-        return int(self._random() * n)
-
-    def pick(self, items: Sequence[T]) -> T:
-        return items[self.below(len(items))]
-
-    def chance(self, probability: float) -> bool:
-        return self._random() < probability
-
-    def sample(self, items: Sequence[T], n: int) -> list[T]:
-        """The first ``n`` of a Fisher-Yates shuffle."""
-        pool = list(items)
-        for i in range(n):
-            j = i + self.below(len(pool) - i)
-            pool[i], pool[j] = pool[j], pool[i]
-        return pool[:n]
-
-
-def _names(dice: _Dice, n: int) -> list[Pieces]:
+def _names(dice: Dice, n: int) -> list[Pieces]:
     """``n`` different names; two of them may share a syllable.  None spells a word of the language."""
     words, found = set(lang.vocabulary()), dict[Pieces, None]()
     while len(found) < n:
@@ -125,7 +99,7 @@ def _names(dice: _Dice, n: int) -> list[Pieces]:
     return list(found)
 
 
-def _values(dice: _Dice, n: int) -> list[Pieces]:
+def _values(dice: Dice, n: int) -> list[Pieces]:
     """``n`` values, their first numbers all different as long as there are enough of them."""
     firsts: list[str] = []
     while len(firsts) < n:
@@ -167,7 +141,7 @@ def _variables(names: list[Pieces], values: list[Pieces], hops: int) -> Facts:
     return lines, asks
 
 
-def _labels(dice: _Dice, shots: int) -> Facts:
+def _labels(dice: Dice, shots: int) -> Facts:
     """Every category with ``shots`` examples of its label; questions about its other nouns."""
     lines: list[Pieces] = []
     asks: list[_Ask] = []
@@ -180,7 +154,7 @@ def _labels(dice: _Dice, shots: int) -> Facts:
     return lines, asks
 
 
-def _facts(dice: _Dice, task: Task, facts: int, hops: int, shots: int) -> Facts:
+def _facts(dice: Dice, task: Task, facts: int, hops: int, shots: int) -> Facts:
     if task == "labels":
         return _labels(dice, shots)
     names, values = _names(dice, facts), _values(dice, facts)
@@ -203,7 +177,7 @@ def _facts(dice: _Dice, task: Task, facts: int, hops: int, shots: int) -> Facts:
     return lines, asks
 
 
-def _sentence(dice: _Dice, filler: Filler) -> Pieces:
+def _sentence(dice: Dice, filler: Filler) -> Pieces:
     """One line of filler: a sentence, random words of the language, or random characters."""
     if filler == "words":
         return tuple(dice.pick(_WORDS) for _ in range(4 + dice.below(12)))
@@ -272,7 +246,7 @@ def make(
         raise ValueError(f"unknown task {task!r}; choose one of {', '.join(TASKS)}")
     if seed < 0 or hops < 1 or not 1 <= shots < len(lang.CATEGORIES[0]):
         raise ValueError(f"need seed >= 0, hops >= 1, 1 <= shots < 12; got {seed=}, {hops=}, {shots=}")
-    dice = _Dice(f"winnow/{task}/{tokens}/{facts}/{hops}/{shots}/{filler}/{seed}")
+    dice = Dice(f"winnow/{task}/{tokens}/{facts}/{hops}/{shots}/{filler}/{seed}")
     lines, asks = _facts(dice, task, facts, hops, shots)
     if turns > len(asks):
         raise ValueError(f"these {task} facts have {len(asks)} questions; ask for at most that many turns")
