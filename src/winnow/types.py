@@ -15,7 +15,7 @@ Query heads are numbered ``h * G + g``: the ``G`` query heads of KV head ``h`` a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -28,14 +28,20 @@ __all__ = [
     "AttentionSpec",
     "Blocks",
     "Budget",
+    "Demotion",
     "Dense",
     "Form",
+    "Glimpse",
     "LanguageModel",
+    "LayerWalk",
     "Needs",
     "Observation",
     "Partial",
     "Pattern",
     "Plan",
+    "Profile",
+    "Rewrite",
+    "Rotary",
     "Scores",
     "Segment",
     "Selection",
@@ -308,6 +314,13 @@ class Needs:
     ----------
     window_queries : int
         Keep the post-RoPE queries of the last so many prompt tokens.
+    random_queries : int
+        Keep those of so many other prompt tokens, drawn without replacement from a fixed seed.
+    mass : {"none", "decode", "all"}
+        Hand every call's attention mass to the part: of decode steps, or of prefill chunks too
+        (which takes a second pass over the scores).
+    rotary : bool
+        The part turns keys or queries to other positions.
     profile : bool
         The part reads an offline profile, which the recipe must name.
     layer_walk : bool
@@ -315,38 +328,121 @@ class Needs:
     """
 
     window_queries: int = 0
+    random_queries: int = 0
+    mass: Literal["none", "decode", "all"] = "none"
+    rotary: bool = False
     profile: bool = False
     layer_walk: bool = False
 
     def __or__(self, other: Needs) -> Needs:
+        order: tuple[Literal["none", "decode", "all"], ...] = ("none", "decode", "all")
         return Needs(
             window_queries=max(self.window_queries, other.window_queries),
+            random_queries=max(self.random_queries, other.random_queries),
+            mass=max(self.mass, other.mass, key=order.index),
+            rotary=self.rotary or other.rotary,
             profile=self.profile or other.profile,
             layer_walk=self.layer_walk or other.layer_walk,
         )
 
 
+class Rotary(Protocol):
+    """How one layer of the model turns keys and queries; layers without rotation turn nothing."""
+
+    def turn(self, x: Tensor, by: Tensor) -> Tensor:
+        """Turn ``x`` on by ``by`` positions (negative: back), at unit scale.
+
+        Parameters
+        ----------
+        x : Tensor
+            ``[..., n, D]`` keys or queries.
+        by : Tensor
+            ``[n]`` integers, broadcast over the leading dimensions.
+
+        Returns
+        -------
+        Tensor
+            As ``x``; angles are computed in float32 or better. ``turn(x, 0)`` is ``x``.
+        """
+        ...
+
+
 @dataclass(frozen=True, kw_only=True)
-class Observation:
-    """Tensors that were asked for, of one layer of one sequence.
+class Profile:
+    """What was learnt about a model offline; saved beside a recipe, read by the parts.
+
+    Attributes
+    ----------
+    kind : str
+        Which command made it, such as ``"retrieval-heads"``.
+    model : str
+        Fingerprint of the model that it was made on.
+    tensors : mapping of str to Tensor
+    """
+
+    kind: str
+    model: str
+    tensors: Mapping[str, Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Glimpse:
+    """What one attention call showed of one layer, to a part that asked for ``mass``.
 
     Attributes
     ----------
     layer : int
-    spec : AttentionSpec
-    segment : Segment
-        Every entry that the layer holds now, in ascending position, in one decoded segment.
-    queries : Tensor or None
-        ``[W, H * G, D]`` post-RoPE queries of the last ``W`` prompt tokens.
-    query_positions : Tensor or None
-        ``[W]`` int32.
+    prompt : bool
+        A chunk of a prefill; else a decode step.
+    positions : Tensor
+        ``[T]`` int32 positions of the call's queries.
+    lengths : Tensor
+        ``[H]`` int32 entries of the layer, those of this call included.
+    mass : Tensor
+        ``[H * G, S]`` float32: attention probability that the ``T`` queries gave each entry, summed
+        over the queries. Entries in the order of the store; 0 behind the end of a shorter head and
+        where a decode step did not read.
     """
 
     layer: int
+    prompt: bool
+    positions: Tensor
+    lengths: Tensor
+    mass: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Observation:
+    """Tensors that were asked for, of one layer of one sequence, when compression acts.
+
+    Attributes
+    ----------
+    layer, layers : int
+        Number of this layer, and how many there are.
+    spec : AttentionSpec
+    segment : Segment
+        Every entry that the layer holds now, in ascending position, in one decoded segment.
+    tokens : int
+        Tokens of the sequence so far, dropped ones included.
+    queries : Tensor or None
+        ``[W, H * G, D]`` post-RoPE queries that were asked for, in ascending position.
+    query_positions : Tensor or None
+        ``[W]`` int32.
+    rotary : Rotary or None
+        Where it was asked for and the layer has one.
+    profile : Profile or None
+        Where it was asked for.
+    """
+
+    layer: int
+    layers: int
     spec: AttentionSpec
     segment: Segment
+    tokens: int
     queries: Tensor | None = None
     query_positions: Tensor | None = None
+    rotary: Rotary | None = None
+    profile: Profile | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -376,26 +472,70 @@ class Budget:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Rewrite:
+    """New contents for some entries of one head: merged ones, and ones that stand for the dropped.
+
+    Attributes
+    ----------
+    entries : Tensor
+        ``[m]`` int64 entry numbers before the plan, ascending and unique; all of them stay.
+    k, v : Tensor
+        ``[m, D]``. An entry keeps its position.
+    bias : Tensor or None
+        ``[m]`` float32 added to the entry's scaled logits from now on; None leaves it as it was.
+    """
+
+    entries: Tensor
+    k: Tensor
+    v: Tensor
+    bias: Tensor | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Demotion:
+    """Entries that change their form or their tier.
+
+    Attributes
+    ----------
+    oldest : int
+        This many of the oldest entries of every head that stay, a multiple of the page size.
+    entries : tuple of Tensor, or None
+        In place of ``oldest``: per head ``[n]`` int64 entry numbers before the plan, ascending, a
+        multiple of the page size (it may differ between heads).
+    codec : str or None
+        Codec that they are encoded in; None leaves their form.
+    tier : Tier or None
+        Tier that they move to; None leaves them where they are.
+    channels : Tensor or None
+        ``[H, C]`` int64 channels of the keys that are stored, ascending, for codecs that leave
+        channels out.
+    """
+
+    oldest: int = 0
+    entries: tuple[Tensor, ...] | None = None
+    codec: str | None = None
+    tier: Tier | None = None
+    channels: Tensor | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What becomes of the entries of one layer.
+    """What becomes of the entries of one layer: first rewritten, then dropped, then demoted.
 
     Attributes
     ----------
     keep : tuple of Tensor, or None
         Per head ``[n]`` int64 entry numbers that stay, ascending and unique; the others are
         dropped. None keeps everything.
-    codec : str or None
-        Codec that the oldest entries (of those that stay) are demoted to.
-    demote : int
-        How many entries of every head are demoted; a multiple of the page size.
-    tier : Tier or None
-        Tier that the demoted entries move to.
+    rewrite : tuple of (Rewrite or None), or None
+        Per head new contents of entries that stay.
+    demote : tuple of Demotion
+        Sets of entries that share none.
     """
 
     keep: tuple[Tensor, ...] | None = None
-    codec: str | None = None
-    demote: int = 0
-    tier: Tier | None = None
+    rewrite: tuple[Rewrite | None, ...] | None = None
+    demote: tuple[Demotion, ...] = ()
 
 
 # --------------------------------------------------------------------------- loading
@@ -453,12 +593,15 @@ class View:
         appended is always among them.
     want_logits : bool
         Hand the scaled logits of this step to the selector's ``observe``.
+    done : tuple of Partial
+        Attention that the part computed itself, over entries that no selection lists.
     scanned : int
         Bytes of side data that were read to make this choice; they count as read.
     """
 
     selections: tuple[Selection | None, ...] | None = None
     want_logits: bool = False
+    done: tuple[Partial, ...] = ()
     scanned: int = 0
 
 
@@ -474,6 +617,30 @@ Attend = Callable[[int, Tensor, Tensor, Tensor, AttentionSpec], Tensor]
 the tokens of all packed sequences; only the last dimension is contiguous. The result is
 ``[N, H * G, D]`` in the dtype of the queries. It is called once per layer, in ascending order.
 """
+
+
+class LayerWalk(Protocol):
+    """A model's layers one by one, on a set of tokens that may change between two of them.
+
+    Hidden states are ``[N, K]`` in the model's dtype, as they lie between two layers. Every method
+    leaves its arguments as they were. Not safe to use from two threads at once.
+    """
+
+    def embed(self, token_ids: Tensor, position_ids: Tensor) -> Tensor:
+        """``[N, K]``: what the first layer is given for ``[N]`` tokens."""
+        ...
+
+    def keys_values(self, layer: int, hidden_NK: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys (after RoPE) and values ``[N, H, D]`` that a layer computes from what it is given."""
+        ...
+
+    def layer(self, layer: int, hidden_NK: Tensor, position_ids: Tensor, attend: Attend) -> Tensor:
+        """``[N, K]``: a whole layer; ``attend`` is called once."""
+        ...
+
+    def finish(self, hidden_MK: Tensor) -> Tensor:
+        """``[M, V]`` float32 logits of what the last layer returned."""
+        ...
 
 
 class LanguageModel(Protocol):
@@ -513,6 +680,16 @@ class LanguageModel(Protocol):
     eos_token_ids: tuple[int, ...]
     specs: tuple[AttentionSpec, ...]
 
+    def rotary(self, layer: int) -> Rotary | None:
+        """How a layer turns keys and queries; None for a layer without rotation.
+
+        Raises
+        ------
+        ValueError
+            If the model's positions cannot be moved (learned or biased positions).
+        """
+        ...
+
     def forward(self, token_ids: Tensor, position_ids: Tensor, rows: Tensor, attend: Attend) -> Tensor:
         """Run all layers over packed tokens.
 
@@ -528,5 +705,15 @@ class LanguageModel(Protocol):
         -------
         Tensor
             ``[M, V]`` float32 logits.
+        """
+        ...
+
+    def walk(self) -> LayerWalk:
+        """The same layers, one by one.
+
+        Raises
+        ------
+        ValueError
+            If this model's layers cannot be walked, with the reason.
         """
         ...

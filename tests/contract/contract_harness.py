@@ -88,6 +88,23 @@ SAMPLES: dict[type, Sample] = {
 }
 
 
+class HalfSplit:
+    """Rotation of a small Llama: every pair of dimensions turns at its own rate."""
+
+    def turn(self, x: Tensor, by: Tensor) -> Tensor:
+        half = x.shape[-1] // 2
+        angle = by.double()[:, None] * 10_000.0 ** -(torch.arange(half).double() / half)
+        cos, sin = angle.cos().float(), angle.sin().float()
+        a, b = x[..., :half].float(), x[..., half:].float()
+        return torch.cat([a * cos - b * sin, b * cos + a * sin], -1).to(x.dtype)
+
+
+ROTARY = HalfSplit()
+
+PROFILE = None
+"""What parts that read an offline profile are given."""
+
+
 def parts(slot: str, check: str) -> Any:
     """Parametrise over the parts of a slot; a part's exemptions become strict expected failures.
 

@@ -6,16 +6,71 @@ import dataclasses
 
 import pytest
 import torch
-from contract_harness import DTYPES, GROUPS, LENGTHS, SAMPLES, TOLERANCE, data, parts, same, snapshot
+from contract_harness import (
+    DTYPES,
+    GROUPS,
+    LENGTHS,
+    PROFILE,
+    ROTARY,
+    SAMPLES,
+    TOLERANCE,
+    data,
+    parts,
+    same,
+    snapshot,
+)
 
+from winnow.compression.protocol import Setting
 from winnow.kernels.decode import decode
 from winnow.store.codecs import ENTRIES
-from winnow.types import Budget, Observation, Scores, Segment
+from winnow.types import Budget, Glimpse, Observation, Scores, Segment
 
 
 def observation(*, stored: int = 63, group: int = 3, dtype: torch.dtype = torch.float32, seed: int = 0):
     d = data(stored=stored, new=min(stored, 8), group=group, dtype=dtype, seed=seed)
-    return Observation(layer=0, spec=d.spec, segment=d.segment, queries=d.q, query_positions=d.positions)
+    return Observation(
+        layer=0,
+        layers=2,
+        spec=d.spec,
+        segment=d.segment,
+        tokens=stored,
+        queries=d.q,
+        query_positions=d.positions,
+        rotary=ROTARY,
+    )
+
+
+def scored(part, seen: Observation) -> Scores:
+    """What a scorer says of a layer after it saw the attention of the last queries."""
+    state = part.state()
+    if part.needs.mass != "none":
+        part.watch(glimpse(seen), state)
+    return part.score(seen, state)
+
+
+def glimpse(seen: Observation) -> Glimpse:
+    """The mass that the observed queries give the layer's entries, by the whole matrix."""
+    segment, group = seen.segment, seen.queries.shape[1] // seen.segment.heads
+    longest = int(segment.lengths.max())
+    mass = torch.zeros(seen.queries.shape[1], longest)
+    for n in range(mass.shape[0]):
+        h = n // group
+        length = int(segment.lengths[h])
+        logits = seen.queries[:, n].float() @ segment.k[h, :length].float().T * seen.spec.scale
+        hidden = seen.query_positions[:, None] < segment.positions_of(h)[None]
+        mass[n, :length] = logits.masked_fill(hidden, -torch.inf).softmax(-1).nan_to_num(0.0).sum(0)
+    return Glimpse(layer=0, prompt=True, positions=seen.query_positions, lengths=segment.lengths, mass=mass)
+
+
+def setting(lengths: list[int], layers: int = 1) -> Setting:
+    return Setting(layers=range(layers), of=layers, tokens=max(lengths), profile=PROFILE)
+
+
+def planned(action, given: Scores, budget: Budget):
+    """What an action plans for a layer that holds as many entries as there are scores."""
+    lengths = given.lengths.tolist()
+    seen = ragged(observation(stored=max(lengths)), lengths)
+    return action.plan(seen, given, budget, action.state())
 
 
 def ragged(seen: Observation, lengths: list[int]) -> Observation:
@@ -55,7 +110,7 @@ def scores(lengths: list[int], *, protect: int = 0, levels: int = 3, seed: int =
 @GROUPS
 @DTYPES
 def test_one_finite_score_per_entry(part, length, group, dtype):
-    out = SAMPLES[part].tight.score(observation(stored=length, group=group, dtype=dtype))
+    out = scored(SAMPLES[part].tight, observation(stored=length, group=group, dtype=dtype))
     assert out.value.shape == out.protected.shape == (2, length)
     assert out.value.dtype == torch.float32
     assert out.protected.dtype == torch.bool
@@ -66,44 +121,44 @@ def test_one_finite_score_per_entry(part, length, group, dtype):
 @pytest.mark.parametrize("length", [1, 2, 63])
 def test_protects_as_many_as_it_says(part, length):
     tight = SAMPLES[part].tight
-    out = tight.score(observation(stored=length))
+    out = scored(tight, observation(stored=length))
     assert out.protected.sum(1).tolist() == [min(length, tight.protects)] * 2
 
 
 @parts("scorer", "ragged heads")
 def test_heads_of_unequal_length(part):
     tight, whole = SAMPLES[part].tight, observation(stored=63)
-    out = tight.score(ragged(whole, [63, 20]))
+    out = scored(tight, ragged(whole, [63, 20]))
     assert out.lengths.tolist() == [63, 20]
     assert out.value[0].isfinite().all()
     assert out.value[1, :20].isfinite().all()
     assert torch.isneginf(out.value[1, 20:]).all()
     assert not out.protected[1, 20:].any()
-    torch.testing.assert_close(out.value[0], tight.score(whole).value[0])
+    torch.testing.assert_close(out.value[0], scored(tight, whole).value[0])
 
 
 @parts("scorer", "inputs unmutated")
 def test_scoring_writes_to_nothing(part):
     seen = observation()
     before = snapshot(seen)
-    SAMPLES[part].tight.score(seen)
+    scored(SAMPLES[part].tight, seen)
     assert same(before, snapshot(seen))
 
 
 @parts("scorer", "heads do not mix")
 def test_kv_heads_do_not_influence_each_other(part):
     seen = observation(group=3)
-    alone = SAMPLES[part].tight.score(seen).value[0]
+    alone = scored(SAMPLES[part].tight, seen).value[0]
     seen.segment.k[1] = seen.segment.k[1] * 3 + 1
-    torch.testing.assert_close(SAMPLES[part].tight.score(seen).value[0], alone, atol=0, rtol=0)
+    torch.testing.assert_close(scored(SAMPLES[part].tight, seen).value[0], alone, atol=0, rtol=0)
 
 
 @parts("scorer", "state does not leak")
 def test_scores_depend_on_this_sequence_only(part):
     tight = SAMPLES[part].tight
-    alone = tight.score(observation(seed=1)).value
-    tight.score(observation(stored=100, seed=2))
-    torch.testing.assert_close(tight.score(observation(seed=1)).value, alone, atol=0, rtol=0)
+    alone = scored(tight, observation(seed=1)).value
+    scored(tight, observation(stored=100, seed=2))
+    torch.testing.assert_close(scored(tight, observation(seed=1)).value, alone, atol=0, rtol=0)
 
 
 # ---------------------------------------------------------------------------------- budgets
@@ -114,10 +169,10 @@ def test_scores_depend_on_this_sequence_only(part):
 def test_no_head_is_given_more_than_it_holds(part, lengths):
     sample = SAMPLES[part]
     for rule in sample:
-        (budget,) = rule.allocate([scores(lengths)], [0], 1)
+        (budget,) = rule.allocate([scores(lengths)], setting(lengths))
         assert (budget.entries <= torch.tensor(lengths)).all()
         assert (budget.entries >= 1).all()
-    (limit,) = sample.limit.allocate([scores(lengths)], [0], 1)
+    (limit,) = sample.limit.allocate([scores(lengths)], setting(lengths))
     assert limit.entries.tolist() == lengths, "the limit must keep everything"
 
 
@@ -125,7 +180,7 @@ def test_no_head_is_given_more_than_it_holds(part, lengths):
 def test_a_budget_is_met_exactly_in_total(part):
     tight = SAMPLES[part].tight
     lengths = [200, 200]
-    budgets = tight.allocate([scores(lengths, seed=i) for i in range(4)], range(4), 4)
+    budgets = tight.allocate([scores(lengths, seed=i) for i in range(4)], setting(lengths, 4))
     assert len(budgets) == 4
     total = sum(int(b.entries.sum()) for b in budgets)
     assert total == 4 * 2 * (200 if tight.least is None else tight.keep)
@@ -135,7 +190,7 @@ def test_a_budget_is_met_exactly_in_total(part):
 def test_allocating_writes_to_nothing(part):
     given = [scores([40, 50])]
     before = snapshot(given)
-    (budget,) = SAMPLES[part].tight.allocate(given, [0], 1)
+    (budget,) = SAMPLES[part].tight.allocate(given, setting([40, 50]))
     budget.entries.add_(1)
     assert same(before, snapshot(given))
 
@@ -152,7 +207,7 @@ def budget_of(*entries: int) -> Budget:
 @pytest.mark.parametrize("levels", [1, 3, 1000])
 def test_budget_is_met_exactly_under_ties(part, lengths, levels):
     given = scores(lengths, protect=4, levels=levels)
-    plan = SAMPLES[part].tight.plan(given, budget_of(11, 11))
+    plan = planned(SAMPLES[part].tight, given, budget_of(11, 11))
     assert plan.keep is not None
     for n, keep in zip(lengths, plan.keep, strict=True):
         assert keep.dtype == torch.int64
@@ -166,14 +221,14 @@ def test_budget_is_met_exactly_under_ties(part, lengths, levels):
 @pytest.mark.parametrize("levels", [1, 3])
 def test_protected_entries_survive_ties_and_bad_scores(part, levels):
     given = scores([63, 63], protect=10, levels=levels)
-    for keep in SAMPLES[part].tight.plan(given, budget_of(11, 11)).keep:
+    for keep in planned(SAMPLES[part].tight, given, budget_of(11, 11)).keep:
         assert set(range(10)) <= set(keep.tolist())
 
 
 @parts("action", "best stay")
 def test_the_best_scores_stay(part):
     given = scores([63, 63], levels=1000)
-    for h, keep in enumerate(SAMPLES[part].tight.plan(given, budget_of(11, 11)).keep):
+    for h, keep in enumerate(planned(SAMPLES[part].tight, given, budget_of(11, 11)).keep):
         gone = torch.ones(63, dtype=torch.bool)
         gone[keep] = False
         assert given.value[h, keep].min() >= given.value[h, gone].max()
@@ -181,14 +236,14 @@ def test_the_best_scores_stay(part):
 
 @parts("action", "everything fits")
 def test_a_budget_for_everything_drops_nothing(part):
-    plan = SAMPLES[part].limit.plan(scores([63, 12]), budget_of(63, 12))
+    plan = planned(SAMPLES[part].limit, scores([63, 12]), budget_of(63, 12))
     assert plan.keep is None
-    assert plan.demote == 0
+    assert plan.demote == ()
 
 
 @parts("action", "deterministic")
 def test_same_scores_same_plan(part):
-    plans = [SAMPLES[part].tight.plan(scores([300, 300]), budget_of(50, 60)) for _ in range(3)]
+    plans = [planned(SAMPLES[part].tight, scores([300, 300]), budget_of(50, 60)) for _ in range(3)]
     for plan in plans[1:]:
         assert all(torch.equal(a, b) for a, b in zip(plan.keep, plans[0].keep, strict=True))
 
@@ -198,25 +253,30 @@ def test_nan_and_overfull_protection_are_refused(part):
     given = scores([63, 63])
     given.value[1, 5] = torch.nan
     with pytest.raises(ValueError, match="NaN"):
-        SAMPLES[part].tight.plan(given, budget_of(11, 11))
+        planned(SAMPLES[part].tight, given, budget_of(11, 11))
     with pytest.raises(ValueError, match="protect"):
-        SAMPLES[part].tight.plan(scores([63, 63], protect=12), budget_of(11, 11))
+        planned(SAMPLES[part].tight, scores([63, 63], protect=12), budget_of(11, 11))
 
 
 @parts("action", "inputs unmutated")
 def test_planning_writes_to_nothing(part):
     given, budget = scores([63, 40], protect=2), budget_of(11, 11)
     before = snapshot((given, budget))
-    SAMPLES[part].tight.plan(given, budget)
+    planned(SAMPLES[part].tight, given, budget)
     assert same(before, snapshot((given, budget)))
 
 
 @parts("action", "whole pages")
 def test_demotion_takes_whole_pages_of_what_stays(part):
-    plan = SAMPLES[part].tight.plan(scores([400, 300]), budget_of(400, 200))
-    assert plan.demote % ENTRIES == 0
-    assert plan.demote <= 200
-    assert (plan.demote == 0) == (plan.codec is None and plan.tier is None)
+    plan = planned(SAMPLES[part].tight, scores([400, 300]), budget_of(400, 200))
+    for demotion in plan.demote:
+        assert demotion.codec is not None or demotion.tier is not None
+        listed = demotion.entries or (torch.arange(demotion.oldest),) * 2
+        for h, entries in enumerate(listed):
+            assert entries.numel() % ENTRIES == 0
+            stay = torch.arange((400, 300)[h]) if plan.keep is None else plan.keep[h]
+            assert entries.numel() <= stay.numel()
+            assert demotion.entries is None or torch.isin(entries, stay).all()
 
 
 # ---------------------------------------------------------------------------------- together
@@ -242,7 +302,7 @@ def test_attention_over_what_stays_does_not_depend_on_its_order(part, group, dty
     sample = SAMPLES[part].tight
     from winnow.compression.actions.drop import Drop
 
-    keep = Drop().plan(sample.score(seen), budget_of(20, 11)).keep
+    keep = planned(Drop(), scored(sample, seen), budget_of(20, 11)).keep
     q, spec = seen.queries[-1], seen.spec
     ordered = decode(q, gathered(seen.segment, keep), spec=spec, position=62)
     shuffled = decode(q, gathered(seen.segment, keep, shuffle=True), spec=spec, position=62)

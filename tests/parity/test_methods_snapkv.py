@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 
+from winnow.compression.protocol import Setting
 from winnow.methods import load
 from winnow.types import AttentionSpec, Observation, Segment
 
@@ -26,14 +27,16 @@ def planned(recipe, q, k, v):
     compress = recipe.compression
     seen = Observation(
         layer=0,
+        layers=1,
+        tokens=k.shape[1],
         spec=AttentionSpec(scale=SIZE**-0.5),
         segment=Segment(k=k, v=v, lengths=torch.full((HEADS,), length, dtype=torch.int32)),
         queries=q[-window:],
         query_positions=torch.arange(max(0, length - window), length, dtype=torch.int32),
     )
-    scores = compress.score.score(seen)
-    (budget,) = compress.budget.allocate([scores], [0], 1)
-    return compress.act.plan(scores, budget).keep
+    scores = compress.score.score(seen, None)
+    (budget,) = compress.budget.allocate([scores], Setting(layers=[0], of=1, tokens=length))
+    return compress.act.plan(seen, scores, budget, None).keep
 
 
 def full_attention(q, k):
@@ -120,12 +123,14 @@ def test_average_pooling_does_not_damp_the_borders():
     k[:] = 0.0  # every visible entry gets the same vote
     seen = Observation(
         layer=0,
+        layers=1,
+        tokens=k.shape[1],
         spec=AttentionSpec(scale=1.0),
         segment=Segment(k=k, v=v, lengths=torch.full((HEADS,), 100, dtype=torch.int32)),
         queries=q[-8:],
         query_positions=torch.arange(92, 100, dtype=torch.int32),
     )
-    value = load("snapkv", keep=50, window=8, kernel=5).compression.score.score(seen).value
+    value = load("snapkv", keep=50, window=8, kernel=5).compression.score.score(seen, None).value
     assert value[:, 0].tolist() == pytest.approx(value[:, 40].tolist())
 
 

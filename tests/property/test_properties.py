@@ -156,10 +156,12 @@ def test_what_stays_meets_the_budget_and_is_best(layer):
 @settings(deadline=None)
 def test_demotion_leaves_the_recent_entries_alone(layer, recent):
     scores, budget = layer
-    plan = Demote(codec="raw", recent=recent).plan(scores, budget)
+    # The action looks at scores and budget alone.
+    plan = Demote(codec="raw", recent=recent).plan(None, scores, budget, None)
     shortest = min(budget.entries.tolist())
-    assert plan.demote % ENTRIES == 0
-    assert plan.demote <= max(0, shortest - recent) < plan.demote + ENTRIES
+    demoted = sum(one.oldest for one in plan.demote)
+    assert demoted % ENTRIES == 0
+    assert demoted <= max(0, shortest - recent) < demoted + ENTRIES
 
 
 # ---------------------------------------------------------------------------------- lists

@@ -1,14 +1,45 @@
-"""What the engine expects of the parts of a compression."""
+"""What the engine expects of the parts of a compression.
+
+A part is a frozen value. What changes while a sequence runs lives in a state that the part makes for
+the sequence. State per entry must follow the entries: :meth:`Scorer.follow` is called whenever entries
+of a layer were dropped, by a plan or by a rollback.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
-from winnow.types import Budget, Needs, Observation, Plan, Scores
+from torch import Tensor
 
-__all__ = ["Action", "BudgetRule", "Compress", "Scorer"]
+from winnow.types import Budget, Glimpse, Needs, Observation, Plan, Profile, Scores
+
+__all__ = ["Action", "BudgetRule", "Compress", "Plain", "Scorer", "Setting"]
+
+
+class Plain:
+    """Defaults of a part that asks for nothing, protects nothing and remembers nothing."""
+
+    @property
+    def needs(self) -> Needs:
+        """Nothing."""
+        return Needs()
+
+    @property
+    def protects(self) -> int:
+        """No entry."""
+        return 0
+
+    def state(self) -> Any:
+        """No state."""
+        return None
+
+    def watch(self, seen: Glimpse, state: Any) -> None:
+        """Nothing is remembered."""
+
+    def follow(self, layer: int, keep: Sequence[Tensor], state: Any) -> None:
+        """Nothing was remembered."""
 
 
 class Scorer(Protocol):
@@ -24,13 +55,51 @@ class Scorer(Protocol):
         """Entries per head that are protected once a head holds that many."""
         ...
 
-    def score(self, seen: Observation) -> Scores:
+    def state(self) -> Any:
+        """State for one sequence; None for a part that has none. Must survive ``copy.deepcopy``."""
+        ...
+
+    def watch(self, seen: Glimpse, state: Any) -> None:
+        """Take the attention mass of one call, where the part needs it."""
+        ...
+
+    def follow(self, layer: int, keep: Sequence[Tensor], state: Any) -> None:
+        """Entries ``keep[h]`` of every head of a layer stayed, the others went."""
+        ...
+
+    def score(self, seen: Observation, state: Any) -> Scores:
         """Score the entries of one layer."""
         ...
 
 
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """What a budget may depend on beside the scores.
+
+    Attributes
+    ----------
+    layers : sequence of int
+        Layers that are decided together, in the order of the scores.
+    of : int
+        Layers of the model.
+    tokens : int
+        Tokens of the sequence so far, dropped ones included.
+    profile : Profile or None
+    """
+
+    layers: Sequence[int]
+    of: int
+    tokens: int
+    profile: Profile | None = None
+
+
 class BudgetRule(Protocol):
     """How many entries each head may hold."""
+
+    @property
+    def needs(self) -> Needs:
+        """What the part asks of the engine."""
+        ...
 
     @property
     def scope(self) -> Literal["layer", "model"]:
@@ -42,16 +111,25 @@ class BudgetRule(Protocol):
         """The smallest budget that a long head can be given; None where there is no such bound."""
         ...
 
-    def allocate(self, scores: Sequence[Scores], layers: Sequence[int], of: int) -> list[Budget]:
-        """One budget per layer listed in ``layers``; ``of`` is the model's number of layers."""
+    def allocate(self, scores: Sequence[Scores], setting: Setting) -> list[Budget]:
+        """One budget per layer of ``setting.layers``."""
         ...
 
 
 class Action(Protocol):
-    """What happens to the entries that do not fit the budget."""
+    """What happens to the entries that do not fit the budget, and to those that do."""
 
-    def plan(self, scores: Scores, budget: Budget) -> Plan:
-        """Turn scores and a budget into a plan for one layer."""
+    @property
+    def needs(self) -> Needs:
+        """What the part asks of the engine."""
+        ...
+
+    def state(self) -> Any:
+        """State for one sequence; None for a part that has none. Must survive ``copy.deepcopy``."""
+        ...
+
+    def plan(self, seen: Observation, scores: Scores, budget: Budget, state: Any) -> Plan:
+        """Turn scores and a budget into a plan for one layer. Inputs are not changed."""
         ...
 
 
@@ -67,16 +145,26 @@ class Compress:
     turns : {"first", "every"}
         Act at the end of the first prefill of a sequence only, as the published eviction
         methods do, or at the end of every turn's prefill.
+    every : int
+        While decoding, act again whenever so many tokens were added since it last acted; 0 never.
+        Between two actions a head holds up to ``every`` entries more than its budget.
+    chunks : bool
+        Act after every chunk of those prefills too, so that no head ever holds more than its budget
+        and one chunk.
     """
 
     score: Scorer
     budget: BudgetRule
     act: Action
     turns: Literal["first", "every"] = "first"
+    every: int = 0
+    chunks: bool = False
 
     def __post_init__(self) -> None:
         if self.turns not in ("first", "every"):
             raise ValueError(f"compress: turns={self.turns!r} is unknown; give 'first' or 'every'")
+        if self.every < 0:
+            raise ValueError(f"compress: every={self.every}; give the tokens between two actions, or 0")
         least, protects = self.budget.least, self.score.protects
         if least is not None and least <= protects:
             raise ValueError(
@@ -87,4 +175,4 @@ class Compress:
     @property
     def needs(self) -> Needs:
         """What the parts ask of the engine together."""
-        return self.score.needs
+        return self.score.needs | self.budget.needs | self.act.needs

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from winnow.engine.glimpse import decode_glimpse, prefill_glimpse
 from winnow.engine.request import Stats
 from winnow.engine.sequence import Sequence
 from winnow.generation.protocol import PrefillLayer
@@ -74,10 +75,7 @@ class StepAttention:
             rows = slice(part.first, part.last)
             part.sequence.store.append(layer, k_NHD[rows], v_NHD[rows], positions_T)
             run = self._prefill if part.prompt else self._decode
-            partial = run(part, layer, q_NHD[rows], positions_T, spec)
-            if spec.sinks is not None:
-                partial = add_sinks(partial, spec.sinks)
-            outs.append(partial.out.to(q_NHD.dtype))
+            outs.append(run(part, layer, q_NHD[rows], positions_T, spec).out.to(q_NHD.dtype))
         return outs[0] if len(outs) == 1 else torch.cat(outs)
 
     # ------------------------------------------------------------------ prefill
@@ -87,8 +85,9 @@ class StepAttention:
     ) -> Partial:
         sequence = part.sequence
         segments = tuple(segment.decode() for segment in sequence.store.segments(layer))
-        sequence.watch(layer, q_THD)
-        generation = sequence.recipe.generation
+        compression, generation = sequence.compression, sequence.recipe.generation
+        if compression is not None:
+            compression.queries.see(layer, q_THD, positions_T)
         if generation is None:
             patterns: tuple[Pattern, ...] = (_WHOLE,) * len(segments)
         else:
@@ -119,7 +118,13 @@ class StepAttention:
                     )
                 )
         part.stats.score_entries += sum(p.pairs for p in partials) + sum(p.scored for p in patterns)
-        return merge(partials)
+        partial = _with_sinks(merge(partials), spec)
+        if compression is not None and compression.wants_mass(prompt=True):
+            own = partial if generation is None else None
+            seen, pairs = prefill_glimpse(layer, q_THD, positions_T, segments, spec, own, self._backend)
+            part.stats.score_entries += pairs
+            compression.watch(seen)
+        return partial
 
     # ------------------------------------------------------------------ decode
 
@@ -128,6 +133,8 @@ class StepAttention:
     ) -> Partial:
         assert q_THD.shape[0] == 1, "a decode step advances a sequence by one token"
         sequence, loading = part.sequence, part.sequence.recipe.loading
+        compression = sequence.compression
+        watching = compression is not None and compression.wants_mass(prompt=False)
         segments = sequence.store.segments(layer)
         q_HD, position = q_THD[0], int(positions_T[0])
         view = EVERYTHING
@@ -145,7 +152,9 @@ class StepAttention:
             if view.scanned:
                 _add(part.stats.bytes_read, "host/index", view.scanned)
         selections = view.selections or (None,) * len(segments)
-        partials: list[Partial] = []
+        want_logits = view.want_logits or watching
+        partials = list(view.done)
+        part.stats.decode_score_entries += sum(p.pairs for p in partials)
         logits: list[Tensor] = []
         for segment, selection in zip(segments, selections, strict=True):
             seen = []
@@ -156,17 +165,20 @@ class StepAttention:
                     spec=spec,
                     position=position,
                     selection=chosen,
-                    want_logits=view.want_logits,
+                    want_logits=want_logits,
                     backend=self._backend,
                 )
                 self._count(part.stats, segment, piece, chosen, partial)
                 partials.append(partial)
                 seen.append(partial.logits)
-            if view.want_logits:
+            if want_logits:
                 logits.append(torch.cat([x for x in seen if x is not None], -1))
         if loading is not None and view.want_logits:
             loading.observe(ctx, logits, sequence.loading_state)
-        return merge(partials)
+        partial = _with_sinks(merge(partials), spec)
+        if compression is not None and watching:
+            compression.watch(decode_glimpse(layer, position, segments, logits, partial))
+        return partial
 
     @staticmethod
     def _count(
@@ -182,6 +194,10 @@ class StepAttention:
         # One list serves query_heads / lists query heads, which share each load.
         entries = partial.pairs * lists // query_heads
         _add(stats.bytes_read, f"{stored.tier}/{stored.codec}", entries * stored.bytes_per_entry)
+
+
+def _with_sinks(partial: Partial, spec: AttentionSpec) -> Partial:
+    return partial if spec.sinks is None else add_sinks(partial, spec.sinks)
 
 
 def _pieces(

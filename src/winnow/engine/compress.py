@@ -1,76 +1,137 @@
-"""Carry out a recipe's compression on a sequence, at the end of a prefill."""
+"""Carry out a recipe's compression on a sequence: at the end of a prefill, in it, and while decoding."""
 
 from __future__ import annotations
 
+import copy
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
 
 import torch
 
-from winnow.compression.protocol import Compress
+from winnow.compression.protocol import Compress, Setting
 from winnow.engine.request import Stats
-from winnow.engine.sequence import Sequence
-from winnow.types import AttentionSpec, Observation, Scores
+from winnow.engine.watch import QueryWatch
+from winnow.store.sequence import SequenceStore
+from winnow.types import Glimpse, LanguageModel, Observation, Plan, Profile, Scores
 
-__all__ = ["compress", "uninterrupted"]
+__all__ = ["Compression", "uninterrupted"]
 
 
-def compress(sequence: Sequence, specs: tuple[AttentionSpec, ...], stats: Stats) -> None:
-    """Score, allocate, plan and apply, layer by layer where the budget allows it.
-
-    Nothing changes in the store until every decision of its scope is made, and a Ctrl-C that
-    arrives while plans are carried out is delivered afterwards: layers never disagree.
+class Compression:
+    """What a compression remembers of one sequence, and how it acts on it.
 
     Parameters
     ----------
-    sequence : Sequence
-        Its prefill has just ended; the recipe has a compression.
-    specs : tuple of AttentionSpec
-        One per layer.
-    stats : Stats
-        Gets the entries before and after.
+    recipe : Compress
+    profile : Profile or None
+
+    Attributes
+    ----------
+    queries : QueryWatch
+    acted : int
+        Tokens of the sequence when it last acted, or when its prompt ended.
     """
-    compression = sequence.recipe.compression
-    assert compression is not None
-    store = sequence.store
-    stats.entries_before += _entries(sequence)
-    layers = list(range(store.layers))
-    scores = [_score(compression, sequence, layer, specs[layer]) for layer in layers]
-    groups = [[layer] for layer in layers] if compression.budget.scope == "layer" else [layers]
-    plans = {}
-    for group in groups:
-        budgets = compression.budget.allocate([scores[i] for i in group], group, store.layers)
-        for layer, budget in zip(group, budgets, strict=True):
-            plans[layer] = compression.act.plan(scores[layer], budget)
-    with uninterrupted():
-        for layer, plan in plans.items():
-            store.apply(layer, plan)
-    sequence.pure, sequence.compressed = 0, store.length
-    stats.entries_after += _entries(sequence)
+
+    def __init__(self, recipe: Compress, profile: Profile | None) -> None:
+        self.recipe = recipe
+        self.queries = QueryWatch(recipe.needs)
+        self.acted = 0
+        self._profile = profile
+        self._score_state = recipe.score.state()
+        self._act_state = recipe.act.state()
+
+    def copy(self) -> Compression:
+        """The same memory for another sequence that holds the same entries."""
+        other = Compression(self.recipe, self._profile)
+        other.acted = self.acted
+        other._score_state = copy.deepcopy(self._score_state)
+        other._act_state = copy.deepcopy(self._act_state)
+        return other
+
+    # ------------------------------------------------------------------ when
+
+    def acts_on_turn(self, turns: int) -> bool:
+        """Whether it acts at the end of a prefill, before which ``turns`` prefills ended."""
+        return self.recipe.turns == "every" or turns == 0
+
+    def due(self, tokens: int) -> bool:
+        """Whether it acts now, after a decode step that made the sequence ``tokens`` long."""
+        return 0 < self.recipe.every <= tokens - self.acted
+
+    def wants_mass(self, *, prompt: bool) -> bool:
+        """Whether a call's attention mass is to be handed to :meth:`watch`."""
+        wanted = self.recipe.needs.mass
+        return wanted == "all" or (wanted == "decode" and not prompt)
+
+    def watch(self, seen: Glimpse) -> None:
+        """Hand a call's attention mass to the scorer."""
+        self.recipe.score.watch(seen, self._score_state)
+
+    # ------------------------------------------------------------------ what
+
+    def act(self, store: SequenceStore, model: LanguageModel, stats: Stats) -> None:
+        """Score, allocate, plan and apply, layer by layer where the budget allows it.
+
+        Nothing changes in the store until every decision is made, and a Ctrl-C that arrives while
+        plans are carried out is delivered afterwards: layers never disagree.
+
+        Parameters
+        ----------
+        store : SequenceStore
+        model : LanguageModel
+        stats : Stats
+            Gets the entries before and after.
+        """
+        before = _entries(store)
+        layers = list(range(store.layers))
+        queries = {layer: self.queries.take(layer) for layer in layers}
+
+        def seen(layer: int) -> Observation:
+            asked = queries[layer]
+            needs = self.recipe.needs
+            return Observation(
+                layer=layer,
+                layers=store.layers,
+                spec=model.specs[layer],
+                segment=store.decoded(layer),
+                tokens=store.length,
+                queries=None if asked is None else asked[0],
+                query_positions=None if asked is None else asked[1],
+                rotary=model.rotary(layer) if needs.rotary else None,
+                profile=self._profile,
+            )
+
+        budget, act = self.recipe.budget, self.recipe.act
+        plans: dict[int, Plan] = {}
+        groups = [[layer] for layer in layers] if budget.scope == "layer" else [layers]
+        for group in groups:
+            scores: list[Scores] = [self.recipe.score.score(seen(i), self._score_state) for i in group]
+            setting = Setting(layers=group, of=store.layers, tokens=store.length, profile=self._profile)
+            rooms = budget.allocate(scores, setting)
+            for layer, of_layer, room in zip(group, scores, rooms, strict=True):
+                plans[layer] = act.plan(seen(layer), of_layer, room, self._act_state)
+        with uninterrupted():
+            for layer, plan in plans.items():
+                store.apply(layer, plan)
+                if plan.keep is not None:
+                    self.recipe.score.follow(layer, plan.keep, self._score_state)
+        self.acted = store.length
+        stats.entries_before += before
+        stats.entries_after += _entries(store)
+
+    def truncated(self, store: SequenceStore) -> None:
+        """The store was rolled back: forget the entries that went, and what was half observed."""
+        self.queries.forget()
+        self.acted = min(self.acted, store.length)
+        for layer in range(store.layers):
+            left: Sequence[torch.Tensor] = [torch.arange(n) for n in store.lengths(layer)]
+            self.recipe.score.follow(layer, left, self._score_state)
 
 
-def _score(compression: Compress, sequence: Sequence, layer: int, spec: AttentionSpec) -> Scores:
-    queries = sequence.take_queries(layer)
-    positions = None
-    if queries is not None:
-        end = sequence.store.length
-        positions = torch.arange(end - queries.shape[0], end, dtype=torch.int32)
-    return compression.score.score(
-        Observation(
-            layer=layer,
-            spec=spec,
-            segment=sequence.store.decoded(layer),
-            queries=queries,
-            query_positions=positions,
-        )
-    )
-
-
-def _entries(sequence: Sequence) -> int:
-    store = sequence.store
+def _entries(store: SequenceStore) -> int:
     return sum(sum(store.lengths(layer)) for layer in range(store.layers))
 
 

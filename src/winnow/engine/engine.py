@@ -11,16 +11,16 @@ from typing import Protocol
 import torch
 
 from winnow.engine.attend import Slice, StepAttention
-from winnow.engine.compress import compress
 from winnow.engine.request import Result, Sample, SamplingParams, Stats
 from winnow.engine.sampling import generator, logprob_record, sample
 from winnow.engine.scheduler import Limits, share
 from winnow.engine.sequence import Holder, Sequence
 from winnow.kernels.backend import Backend
+from winnow.profiles import load_profile
 from winnow.recipe import Recipe
 from winnow.retrieval.protocol import Match, Pool
 from winnow.store.sequence import SequenceStore
-from winnow.types import LanguageModel
+from winnow.types import LanguageModel, Profile
 
 __all__ = ["Engine", "Event", "Progress", "TextStream"]
 
@@ -107,6 +107,9 @@ class Engine:
         self.backend = backend
         self._words = words
         self.pool: Pool | None = recipe.retrieval.pool() if recipe.retrieval else None
+        self.profile: Profile | None = None
+        if recipe.profile is not None:
+            self.profile = load_profile(recipe.profile, model=model.fingerprint)
         self._running: list[_Run] = []
         self._waiting: list[_Run] = []
 
@@ -123,7 +126,7 @@ class Engine:
             capacity=model.max_length,
             device=str(model.device),
         )
-        return Sequence(self.recipe, store)
+        return Sequence(self.recipe, store, self.profile)
 
     def submit(
         self,
@@ -161,10 +164,12 @@ class Engine:
         own = sequence if sequence is not None else self.new_sequence()
         if not keep:
             self._reuse(own, tokens, salt)
-        own.forget_queries()
         begin = (len(own.tokens), own.store.length, own.turns)
         stats.tokens_reused = own.store.length
         own.tokens.extend(tokens)
+        if own.compression is not None:
+            active = own.compression.acts_on_turn(own.turns)
+            own.compression.queries.begin(own.store.length, len(own.tokens), active=active)
         stats.tokens_computed = len(own.tokens) - own.store.length
         now = time.perf_counter()
         runs = [
@@ -286,10 +291,14 @@ class Engine:
             for part, run in zip(slices, runs, strict=True):
                 run.sequence.store.advance(part.last - part.first)
                 self._purity(run, part)
+                if part.prompt and part.final:
+                    self._prompt_done(run)
+                elif part.prompt:
+                    self._chunk_done(run)
+                else:
+                    self._decoded(run)
                 if not part.final:
                     continue
-                if part.prompt:
-                    self._prompt_done(run)
                 for one in [run, *self._fork(run)]:
                     events.append(self._draw(one, logits_MV[row]))
                 row += 1
@@ -306,10 +315,31 @@ class Engine:
     def _prompt_done(self, run: _Run) -> None:
         sequence = run.sequence
         self._give(sequence)
+        compression = sequence.compression
+        if compression is not None:
+            compression.acted = sequence.store.length
+            if compression.acts_on_turn(sequence.turns):
+                self._compress(run)
         sequence.turns += 1
-        compression = self.recipe.compression
-        if compression is not None and (compression.turns == "every" or sequence.turns == 1):
-            compress(sequence, self.model.specs, run.result.stats)
+
+    def _chunk_done(self, run: _Run) -> None:
+        compression = run.sequence.compression
+        if compression is None or not compression.recipe.chunks:
+            return
+        if compression.acts_on_turn(run.sequence.turns):
+            self._give(run.sequence)
+            self._compress(run)
+
+    def _decoded(self, run: _Run) -> None:
+        compression = run.sequence.compression
+        if compression is not None and compression.due(run.sequence.store.length):
+            self._compress(run)
+
+    def _compress(self, run: _Run) -> None:
+        sequence = run.sequence
+        assert sequence.compression is not None
+        sequence.compression.act(sequence.store, self.model, run.result.stats)
+        sequence.pure, sequence.compressed = 0, sequence.store.length
 
     def _fork(self, run: _Run) -> list[_Run]:
         """Give the waiting samples of a request a share of the prompt that was computed."""

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
-from torch import Tensor
-
+from winnow.engine.compress import Compression
 from winnow.recipe import Recipe
 from winnow.retrieval.protocol import Match, Pool
 from winnow.store.sequence import SequenceStore
+from winnow.types import Profile
 
 __all__ = ["Holder", "Sequence"]
 
@@ -52,9 +51,11 @@ class Sequence:
         Length when entries were last dropped or changed; 0 where they never were.
     salt : str
         Sequences of different salts share nothing through a pool.
+    compression : Compression or None
+        What the recipe's compression remembers of this sequence.
     """
 
-    def __init__(self, recipe: Recipe, store: SequenceStore) -> None:
+    def __init__(self, recipe: Recipe, store: SequenceStore, profile: Profile | None = None) -> None:
         self.recipe = recipe
         self.store = store
         self.tokens: list[int] = []
@@ -64,8 +65,7 @@ class Sequence:
         self.salt = ""
         self.generation_state: Any = recipe.generation.state() if recipe.generation else None
         self.loading_state: Any = recipe.loading.state() if recipe.loading else None
-        self._window = recipe.compression.needs.window_queries if recipe.compression else 0
-        self._queries: dict[int, Tensor] = {}
+        self.compression = Compression(recipe.compression, profile) if recipe.compression else None
         self._borrowed: list[Callable[[], None]] = []
 
     # ------------------------------------------------------------------ borrowed entries
@@ -82,27 +82,9 @@ class Sequence:
         self.store.adopt(layers, parent.store.length)
         self.tokens = list(parent.tokens)
         self.pure, self.turns, self.compressed = parent.pure, parent.turns, parent.compressed
+        if parent.compression is not None:
+            self.compression = parent.compression.copy()
         self._borrowed.append(holder.take().drop)
-
-    # ------------------------------------------------------------------ observations
-
-    def watch(self, layer: int, q_THD: Tensor) -> None:
-        """Remember the last window queries of a layer, across the chunks of a prefill."""
-        if not self._window:
-            return
-        earlier = self._queries.get(layer)
-        recent = q_THD[-self._window :]
-        if earlier is not None and recent.shape[0] < self._window:
-            recent = torch.cat([earlier, recent])[-self._window :]
-        self._queries[layer] = recent.clone()
-
-    def take_queries(self, layer: int) -> Tensor | None:
-        """The remembered queries ``[W, H * G, D]`` of a layer; forgets them."""
-        return self._queries.pop(layer, None)
-
-    def forget_queries(self) -> None:
-        """Drop what :meth:`watch` remembered (a new prefill starts, or one was interrupted)."""
-        self._queries.clear()
 
     # ------------------------------------------------------------------ accounting and end
 
@@ -125,11 +107,11 @@ class Sequence:
         self.store.truncate(computed)
         self.pure = min(self.pure, computed)
         self.turns = turns
-        self.forget_queries()
+        if self.compression is not None:
+            self.compression.truncated(self.store)
 
     def close(self) -> None:
         """Free the entries and give back what was borrowed; may be called again."""
         self.store.close()
-        self._queries.clear()
         while self._borrowed:
             self._borrowed.pop()()

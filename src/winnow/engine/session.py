@@ -122,7 +122,7 @@ class Session:
         """
         expect = {"model": engine.model.fingerprint, "recipe": engine.recipe.fingerprint()}
         store, header = files.load(Path(path), expect)
-        sequence = Sequence(engine.recipe, store)
+        sequence = Sequence(engine.recipe, store, engine.profile)
         sequence.tokens = list(header["tokens"])
         sequence.turns, sequence.pure = int(header["turns"]), int(header["pure"])
         sequence.compressed = int(header["compressed"])

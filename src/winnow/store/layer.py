@@ -106,15 +106,17 @@ class Layer:
 
     def apply(self, plan: Plan) -> None:
         """Carry out a plan: drop first, then demote; each of the two happens whole or not at all."""
-        if plan.demote % ENTRIES or plan.demote < 0:
-            raise ValueError(f"a plan demotes {plan.demote} entries; make it a multiple of {ENTRIES}")
-        if plan.codec is not None:
-            codec_named(plan.codec).planes(self.shape.head_dim, self.shape.dtype)
+        for demotion in plan.demote:
+            if demotion.oldest % ENTRIES or demotion.oldest < 0:
+                raise ValueError(f"a plan demotes {demotion.oldest} entries; make it a multiple of {ENTRIES}")
+            if demotion.codec is not None:
+                codec_named(demotion.codec).planes(self.shape.head_dim, self.shape.dtype)
         if plan.keep is not None:
             self._check_keep(plan.keep)
             self.keep(plan.keep)
-        if plan.demote and (plan.codec is not None or plan.tier is not None):
-            self.demote(plan.demote, plan.codec, plan.tier)
+        for demotion in plan.demote:
+            if demotion.oldest and (demotion.codec is not None or demotion.tier is not None):
+                self.demote(demotion.oldest, demotion.codec, demotion.tier)
 
     def keep(self, keep: Sequence[Tensor]) -> None:
         """Drop every entry that is not listed.

@@ -6,14 +6,15 @@ from dataclasses import dataclass
 
 from winnow._check import integer
 from winnow.compression.actions.drop import kept
+from winnow.compression.protocol import Plain
 from winnow.store.codecs import ENTRIES, codec_named
-from winnow.types import Budget, Plan, Scores, Tier
+from winnow.types import Budget, Demotion, Observation, Plan, Scores, Tier
 
 __all__ = ["Demote"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Demote:
+class Demote(Plain):
     """Drop what does not fit the budget, then demote all that stays but the newest ``recent``.
 
     With the budget ``Everything`` nothing is dropped and the part is a codec of the old
@@ -44,7 +45,7 @@ class Demote:
         if self.tier not in (None, "device", "host", "disk"):
             raise ValueError(f"demote: tier={self.tier!r} is unknown; give 'device', 'host' or 'disk'")
 
-    def plan(self, scores: Scores, budget: Budget) -> Plan:
+    def plan(self, seen: Observation, scores: Scores, budget: Budget, state: None) -> Plan:
         """Turn scores and a budget into a plan for one layer."""
         keep = kept(scores, budget)
         held = scores.lengths.tolist() if keep is None else [one.numel() for one in keep]
@@ -52,4 +53,4 @@ class Demote:
         demote = old // ENTRIES * ENTRIES
         if demote == 0:
             return Plan(keep=keep)
-        return Plan(keep=keep, codec=self.codec, demote=demote, tier=self.tier)
+        return Plan(keep=keep, demote=(Demotion(oldest=demote, codec=self.codec, tier=self.tier),))

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from winnow.types import Budget, Plan, Scores
+from winnow.compression.protocol import Plain
+from winnow.types import Budget, Observation, Plan, Scores
 
 __all__ = ["Drop", "kept"]
 
@@ -62,9 +63,9 @@ def _kept_of_head(value_S: Tensor, protected_S: Tensor, room: int) -> Tensor:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Drop:
+class Drop(Plain):
     """Keep what fits the budget by protection and score, drop the rest for good."""
 
-    def plan(self, scores: Scores, budget: Budget) -> Plan:
+    def plan(self, seen: Observation, scores: Scores, budget: Budget, state: None) -> Plan:
         """Turn scores and a budget into a plan for one layer."""
         return Plan(keep=kept(scores, budget))

@@ -6,13 +6,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from winnow.compression.protocol import Plain, Setting
 from winnow.types import Budget, Scores
 
 __all__ = ["Everything"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Everything:
+class Everything(Plain):
     """Every head holds what it has: the budget of recipes that only change the form of entries."""
 
     @property
@@ -25,6 +26,6 @@ class Everything:
         """No lower bound: whatever is there stays."""
         return None
 
-    def allocate(self, scores: Sequence[Scores], layers: Sequence[int], of: int) -> list[Budget]:
+    def allocate(self, scores: Sequence[Scores], setting: Setting) -> list[Budget]:
         """One budget per layer: the length of every head."""
         return [Budget(entries=one.lengths.clone()) for one in scores]

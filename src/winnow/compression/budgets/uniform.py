@@ -7,13 +7,14 @@ from dataclasses import dataclass
 from typing import Literal
 
 from winnow._check import integer
+from winnow.compression.protocol import Plain, Setting
 from winnow.types import Budget, Scores
 
 __all__ = ["Uniform"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Uniform:
+class Uniform(Plain):
     """Every KV head of every layer holds at most ``keep`` entries.
 
     Attributes
@@ -38,6 +39,6 @@ class Uniform:
         """The smallest budget that a long head can be given."""
         return self.keep
 
-    def allocate(self, scores: Sequence[Scores], layers: Sequence[int], of: int) -> list[Budget]:
+    def allocate(self, scores: Sequence[Scores], setting: Setting) -> list[Budget]:
         """One budget per layer: ``keep`` entries or the head's length, whichever is smaller."""
         return [Budget(entries=one.lengths.clamp(max=self.keep)) for one in scores]

@@ -7,13 +7,14 @@ from dataclasses import dataclass
 import torch
 
 from winnow._check import integer
-from winnow.types import Needs, Observation, Scores
+from winnow.compression.protocol import Plain
+from winnow.types import Observation, Scores
 
 __all__ = ["Recency"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Recency:
+class Recency(Plain):
     """Score every entry by its position and protect the first ``sinks``.
 
     The scorer of recipes that decide without looking: a codec on everything but the recent
@@ -31,16 +32,11 @@ class Recency:
         integer("recency", "sinks", self.sinks, 0)
 
     @property
-    def needs(self) -> Needs:
-        """Nothing."""
-        return Needs()
-
-    @property
     def protects(self) -> int:
         """Entries per head that are protected."""
         return self.sinks
 
-    def score(self, seen: Observation) -> Scores:
+    def score(self, seen: Observation, state: None) -> Scores:
         """Score the entries of one layer."""
         segment = seen.segment
         H, S = segment.heads, int(segment.lengths.max()) if segment.heads else 0

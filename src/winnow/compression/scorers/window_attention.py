@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from winnow._check import integer
+from winnow.compression.protocol import Plain
 from winnow.types import Needs, Observation, Scores
 
 __all__ = ["WindowAttention"]
@@ -18,7 +19,7 @@ _TILE = 1 << 23  # logits that are held at a time, beyond those of a single quer
 
 
 @dataclass(frozen=True, kw_only=True)
-class WindowAttention:
+class WindowAttention(Plain):
     """SnapKV's score: attention of the last ``window`` queries, pooled along the sequence.
 
     Source: SnapKV (arXiv 2404.14469), ``snapkv/monkeypatch/snapkv_utils.py``.
@@ -73,7 +74,7 @@ class WindowAttention:
         """Entries per head that are protected."""
         return self.window
 
-    def score(self, seen: Observation) -> Scores:
+    def score(self, seen: Observation, state: None) -> Scores:
         """Score the entries of one layer; memory beyond the scores is ``O(window * S)``."""
         assert seen.queries is not None, "the window's queries were not observed"
         assert seen.query_positions is not None, "the window's positions were not observed"
