@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from types import MappingProxyType
+from dataclasses import dataclass, field
 
 from winnow.bench.tasks.example import Category, Example, Form, Join, Turn
 
@@ -68,8 +67,8 @@ class Task:
     oracles: Mapping[Form, Oracle]
     text: Maker | None = None
     embedded: Maker | None = None
-    text_knobs: Mapping[str, int] = MappingProxyType({})
-    embedded_knobs: Mapping[str, int] = MappingProxyType({})
+    text_knobs: Mapping[str, int] = field(default_factory=dict)
+    embedded_knobs: Mapping[str, int] = field(default_factory=dict)
     turns: int = 5
 
     @property

@@ -1,0 +1,217 @@
+"""SCBench's published scorers (arXiv 2412.10319; microsoft/MInference, ``scbench/compute_scores.py``).
+
+Rebuilt from their behaviour, for comparison with published figures.  What is wrong with them stays
+wrong here, and is what the scorers of `winnow.bench.scorers` correct:
+
+``scbench:kv``, ``scbench:prefix_suffix``
+    The label anywhere in the answer, also inside a longer string.
+``scbench:vt``
+    Share of the labels found, rounded to two digits, also inside longer words.  A label that is a
+    plain string is compared character by character.
+``scbench:qa_eng``, ``scbench:many_shot``
+    1 if any label occurs anywhere.  SCBench's many-shot labels are plain strings, over whose
+    *characters* the published loop runs: nearly every answer scores 1.  Here, too, for
+    ``scbench:many_shot``.
+``scbench:choice_eng``
+    Any answer that starts with A, B, C or D is read as that letter, so the exact text of the right
+    choice scores 0 if it starts with another of these letters.
+``scbench:qa_chn``
+    F1 over characters.
+``scbench:mf``
+    The first digits of the answer: "the 2nd largest is 98" reads as 2; signs are lost.
+``scbench:passkey``
+    The first run of digits equals the label.
+``scbench:summary``
+    ROUGE-Lsum (F1, no stemming) with the reference summary.
+``scbench:repoqa``
+    1 if sentence BLEU (words split at spaces, smoothing method 4) with the right function is at
+    least 0.8 and higher than with every other function asked for about the same repository.  So an
+    example's score depends on which other examples are in the run; here the other functions are the
+    turn's ``choices``, nothing is kept.  An exact match of fewer than four words scores 0.  The
+    published code cuts the function out of the answer with a parser; here it is the first block.
+"""
+
+from __future__ import annotations
+
+import re
+import string
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from math import exp, log
+from types import MappingProxyType
+
+from winnow.bench.tasks.example import Turn
+
+__all__ = ["SCBENCH", "bleu", "rouge_lsum"]
+
+#: punctuation of both scripts that the published character F1 leaves out
+MARKS = string.punctuation + (
+    "！？｡。＂＃＄％＆＇（）＊＋，－／：；＜＝＞＠［＼］＾＿｀｛｜｝～｟｠｢｣､、〃》「」『』【】〔〕〖〗"  # noqa: RUF001
+    "〘〙〚〛〜〝〞〟〰〾〿–—‘’‛“”„‟…‧﹏."  # noqa: RUF001
+)
+
+
+def contains(turn: Turn, answer: str) -> float:
+    """The label is a substring of the answer."""
+    return float(turn.answers[0] in answer)
+
+
+def share(turn: Turn, answer: str) -> float:
+    """Share of the labels (``answers[1:]``, if there are several) that are substrings."""
+    labels = turn.answers[1:] or turn.answers[0]
+    return round(sum(label.lower() in answer.lower() for label in labels) / len(labels), 2)
+
+
+def any_of(turn: Turn, answer: str) -> float:
+    """Any label is a substring."""
+    return float(any(label.upper() in answer.strip().upper() for label in turn.answers))
+
+
+def any_character(turn: Turn, answer: str) -> float:
+    """Any character of the label is in the answer."""
+    return float(any(character.upper() in answer.strip().upper() for character in turn.answers[0]))
+
+
+def first_letter(turn: Turn, answer: str) -> float:
+    """The first letter of the answer decides; ``answers`` are the letter and the text."""
+    given = answer.strip()
+    if not given:
+        return 0.0
+    if given[0] in "ABCD":
+        return float(given[0] in turn.answers)
+    if given in turn.answers:
+        return 1.0
+    given = re.sub(" +", " ", re.sub(r"[\n\"'.,?!{}]", " ", given))
+    for opening in ("answer is:", "answer:", "answer is", "option is"):
+        at = given.find(opening)
+        if at >= 0:
+            rest = given[at + len(opening) + 1 :]
+            return float(any(rest.startswith(label) for label in turn.answers)) if rest else 0.0
+    letter = next((word for word in given.split() if word in "ABCD"), None)
+    return float(letter in turn.answers)
+
+
+def character_f1(turn: Turn, answer: str) -> float:
+    """F1 over characters without punctuation and spaces; the best of the answers."""
+
+    def bare(text: str) -> Counter[str]:
+        return Counter(c for c in text.lower() if c not in MARKS and not c.isspace())
+
+    def f1(label: str) -> float:
+        given, wanted = bare(answer), bare(label)
+        same = (given & wanted).total()
+        return 2 * same / (given.total() + wanted.total()) if same else 0.0
+
+    return max(f1(label) for label in turn.answers)
+
+
+def first_number(turn: Turn, answer: str) -> float:
+    """The first digits (with decimals) equal the label, an integer."""
+    found = re.search(r"\d+\.\d+|\d+", answer)
+    return float(found is not None and int(float(found[0])) == int(turn.answers[0]))
+
+
+def first_digits(turn: Turn, answer: str) -> float:
+    """The first run of digits equals the label."""
+    found = re.search(r"[0-9]+", answer)
+    return float(found is not None and found[0] == turn.answers[0])
+
+
+def summary(turn: Turn, answer: str) -> float:
+    """ROUGE-Lsum with the golden answer."""
+    return rouge_lsum(answer, turn.answers[0])
+
+
+def function(turn: Turn, answer: str) -> float:
+    """The right function is the most similar one, and similar enough."""
+    fenced = re.search(r"^```(?:\w+)?\s*\n(.*?)(?=^```)```", answer.strip(), re.DOTALL | re.MULTILINE)
+    given = (fenced[1] if fenced else answer).split()
+    right = bleu(given, turn.answers[0].split())
+    others = (bleu(given, other.split()) for other in turn.choices if other != turn.answers[0])
+    return float(right >= 0.8 and all(right > other for other in others))
+
+
+def bleu(given: Sequence[str], wanted: Sequence[str]) -> float:
+    """Sentence BLEU of up to four words with smoothing method 4 (Chen and Cherry, 2014).
+
+    The i-th order without a match counts as ``log(n) / (5 * 2**i)`` matches, ``n`` the answer's
+    length and ``i`` the number of such orders so far.
+    """
+    if not given:
+        return 0.0
+    logs, empty = 0.0, 0
+    for order in range(1, 5):
+        have, want = _ngrams(given, order), _ngrams(wanted, order)
+        matches: float = (have & want).total()
+        if order == 1 and not matches:
+            return 0.0
+        if not matches and len(given) > 1:
+            empty += 1
+            matches = log(len(given)) / (5 * 2**empty)
+        if not matches:
+            return 0.0
+        logs += log(matches / max(1, have.total())) / 4
+    brevity = 0.0 if len(given) > len(wanted) else 1 - len(wanted) / len(given)
+    return exp(brevity + logs)
+
+
+def _ngrams(words: Sequence[str], n: int) -> Counter[tuple[str, ...]]:
+    return Counter(tuple(words[i : i + n]) for i in range(len(words) - n + 1))
+
+
+def rouge_lsum(given: str, wanted: str) -> float:
+    """ROUGE-Lsum (Lin 2004, section 3.2): F1 of the union of common subsequences, line by line."""
+    ours = [_words(line) for line in given.split("\n") if _words(line)]
+    theirs = [_words(line) for line in wanted.split("\n") if _words(line)]
+    total_ours, total_theirs = sum(map(len, ours)), sum(map(len, theirs))
+    if not total_ours or not total_theirs:
+        return 0.0
+    left = Counter(word for line in ours for word in line)
+    hits = 0
+    for line in theirs:
+        # A word counts once per place in the reference, and not more often than it was given.
+        for index in sorted(set().union(*(_common(line, other) for other in ours))):
+            if left[line[index]] > 0:
+                left[line[index]] -= 1
+                hits += 1
+    return 2 * hits / (total_ours + total_theirs)
+
+
+def _words(text: str) -> list[str]:
+    return re.sub(r"[^a-z0-9]+", " ", text.lower()).split()
+
+
+def _common(line: Sequence[str], other: Sequence[str]) -> set[int]:
+    """Indices of ``line`` that are part of one longest common subsequence with ``other``."""
+    table = [[0] * (len(other) + 1) for _ in range(len(line) + 1)]
+    for i, word in enumerate(line):
+        for j, second in enumerate(other):
+            table[i + 1][j + 1] = table[i][j] + 1 if word == second else max(table[i][j + 1], table[i + 1][j])
+    found: set[int] = set()
+    i, j = len(line), len(other)
+    while i and j:
+        if line[i - 1] == other[j - 1]:
+            found.add(i - 1)
+            i, j = i - 1, j - 1
+        elif table[i][j - 1] > table[i - 1][j]:
+            j -= 1
+        else:
+            i -= 1
+    return found
+
+
+SCBENCH: Mapping[str, Callable[[Turn, str], float]] = MappingProxyType(
+    {
+        "scbench:kv": contains,
+        "scbench:prefix_suffix": contains,
+        "scbench:vt": share,
+        "scbench:qa_eng": any_of,
+        "scbench:qa_chn": character_f1,
+        "scbench:choice_eng": first_letter,
+        "scbench:mf": first_number,
+        "scbench:passkey": first_digits,
+        "scbench:many_shot": any_character,
+        "scbench:summary": summary,
+        "scbench:repoqa": function,
+    }
+)

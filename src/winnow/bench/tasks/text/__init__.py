@@ -1,0 +1,1 @@
+"""What the plain-text tasks share: fitting to a length, prose, chronicles, source code."""
