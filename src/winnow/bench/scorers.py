@@ -77,9 +77,8 @@ def number(turn: Turn, answer: str) -> float:
 
     Signs and separators of thousands (``-1,234``) are understood, ``7.0`` equals ``7``.
     """
-    found = re.search(
-        r"(?<![\w.])[-+]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?![\w,]*\d|[A-Za-z])", _first_line(answer)
-    )
+    pattern = r"(?<![\w.])[-+]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?![\w,]*\d|[A-Za-z])"
+    found = re.search(pattern, _first_line(answer))
     if found is None:
         return 0.0
     given = float(found[0].replace(",", ""))

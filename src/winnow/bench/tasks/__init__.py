@@ -2,9 +2,24 @@
 
 from __future__ import annotations
 
+from winnow.bench.tasks import joint_recall, kv, many_shot, mf, prefix_suffix, qa, vt
 from winnow.bench.tasks.example import PLAIN, Category, Example, Form, Join, Turn, prompt
 from winnow.bench.tasks.task import Task
 
 __all__ = ["PLAIN", "TASKS", "Category", "Example", "Form", "Join", "Task", "Turn", "prompt"]
 
-TASKS: dict[str, Task] = {}
+#: by name, in SCBench's order of categories
+TASKS: dict[str, Task] = {
+    task.name: task
+    for task in (
+        kv.TASK,
+        prefix_suffix.TASK,
+        vt.TASK,
+        joint_recall.TASK,
+        qa.QA_EN,
+        qa.CHOICE_EN,
+        qa.QA_ZH,
+        mf.TASK,
+        many_shot.TASK,
+    )
+}

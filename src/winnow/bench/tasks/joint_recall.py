@@ -40,9 +40,7 @@ def write(request: Request) -> Draft:
         named = dice.sample(KEYS, keys)
         count = -(-n // keys)
         if count > len(ENGLISH_PLACES):
-            raise ValueError(
-                f"{n} records need {count} archives, but there are {len(ENGLISH_PLACES)} names; set keys higher"
-            )
+            raise ValueError(f"{n} records need {count} archives, more than there are names; set keys higher")
         places = dice.sample(ENGLISH_PLACES, count)
         records = [
             (place, key, f"{letters(dice, 2, UPPER)}-{1000 + dice.below(9000)}")

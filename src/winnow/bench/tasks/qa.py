@@ -1,6 +1,6 @@
-"""Question answering over a chronicle: in English, by choice, and in Chinese (SCBench's En.QA, En.MultiChoice, Zh.QA).
+"""Question answering over a chronicle: in English, by choice, and in Chinese.
 
-SCBench asks about novels that a model may have read; a generated chronicle has never been read.
+SCBench's En.QA, En.MultiChoice and Zh.QA.  SCBench asks about novels that a model may have read; a generated chronicle has never been read.
 Questions put a fact in other words than the text, and with ``hops=2`` describe the person by
 another fact.
 """
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from winnow.bench.tasks.example import Example, Join, Turn
 from winnow.bench.tasks.task import Draft, Maker, Oracle, Request, Task
-from winnow.bench.tasks.text.chinese import CHINESE
+from winnow.bench.tasks.text.chinese import CHINESE, CHINESE_JOIN
 from winnow.bench.tasks.text.chronicle import Language, Query, answer, query, tell
 from winnow.bench.tasks.text.english import ENGLISH
 from winnow.bench.tasks.text.fit import allowance, fit, joined, spread
@@ -24,11 +24,6 @@ JOIN_EN = Join(
 )
 JOIN_CHOICE = Join(
     opening="Read the chronicle and answer the question with the letter of the right choice.\n\n{context}"
-)
-JOIN_ZH = Join(
-    opening="阅读下面的编年史，然后回答问题。回答要尽量简短。\n\n{context}",
-    question="\n\n问题：{question}\n答案：",
-    answer="{answer}",
 )
 
 
@@ -125,7 +120,7 @@ QA_ZH = Task(
     name="qa-zh",
     category="semantic",
     about="questions about a generated chronicle in Chinese",
-    text=_maker(CHINESE, JOIN_ZH, choice=False),
+    text=_maker(CHINESE, CHINESE_JOIN, choice=False),
     text_knobs={"hops": 1},
     oracles={"text": _reader(CHINESE)},
 )

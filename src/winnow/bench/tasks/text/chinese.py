@@ -5,11 +5,19 @@
 
 from __future__ import annotations
 
+from winnow.bench.tasks.example import Join
 from winnow.bench.tasks.text.chronicle import Language, Relation
 from winnow.bench.tasks.text.names import CHINESE_GIVEN, CHINESE_PLACES, CHINESE_SURNAMES, listed
 from winnow.models.embedded.dice import Dice
 
-__all__ = ["CHINESE"]
+__all__ = ["CHINESE", "CHINESE_JOIN"]
+
+CHINESE_JOIN = Join(
+    opening="阅读下面的编年史，然后回答问题。回答要尽量简短。\n\n{context}",
+    question="\n\n问题：{question}\n答案：",
+    answer="{answer}",
+)
+
 
 TRADES = listed("铁匠 木匠 石匠 裁缝 厨师 医生 渔夫 猎人 画家 陶工 船夫 书商 药商 茶农 教师 乐师")
 THINGS = listed("石桥 粮仓 书院 灯塔 水井 医馆 戏台 城墙 磨坊 驿站")
