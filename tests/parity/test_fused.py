@@ -46,7 +46,7 @@ def test_joined_weights_are_the_models_own(family: str) -> None:
     runner = FusedModel(HFModel(model))
     torch.testing.assert_close(expected(model, ids), before, atol=0, rtol=0)
     attention = model.model.layers[0].self_attn
-    joined = runner._layers[0].qkv.weight
+    joined = runner.stack.layers[0].qkv.weight
     assert attention.k_proj.weight.data_ptr() == joined[attention.q_proj.out_features].data_ptr()
     with torch.no_grad():
         attention.k_proj.weight.mul_(-1)

@@ -7,49 +7,25 @@ by its logits: the runner is admitted only while they equal the general runner's
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from winnow.kernels.matvec import MAX_ROWS, matvec
-from winnow.kernels.pointwise import add_rms_norm, rotate_heads, silu_mul
+from winnow.kernels.matvec import MAX_ROWS
 from winnow.models.hf import HFModel
 from winnow.models.rotary import frequencies
-from winnow.types import Attend, AttentionSpec
+from winnow.models.stack import LayerWeights, Linear, LlamaStack, StackWalk
+from winnow.models.turning import PairRotary
+from winnow.models.walk import probe_attend
+from winnow.types import Attend, AttentionSpec, LayerWalk, Rotary
 
 __all__ = ["FusedModel"]
 
 # Largest root-mean-square difference of logits, relative to theirs. A wrong reading of a model is off
 # by about one; what remains is the order of sums and, in half precision, one rounding instead of two.
 _TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Linear:
-    weight: Tensor  # [out, in]
-    bias: Tensor | None
-
-    def __call__(self, x_NK: Tensor) -> Tensor:
-        if len(x_NK) > MAX_ROWS or x_NK.device.type != "cpu":
-            return functional.linear(x_NK, self.weight, self.bias)
-        y_NO = matvec(x_NK, self.weight)
-        return y_NO if self.bias is None else y_NO.add_(self.bias)
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Layer:
-    input_norm: Tensor
-    qkv: _Linear
-    q_norm: Tensor | None
-    k_norm: Tensor | None
-    output: _Linear
-    mlp_norm: Tensor
-    gate_up: _Linear
-    down: _Linear
-    spec: AttentionSpec
 
 
 class FusedModel:
@@ -91,46 +67,39 @@ class FusedModel:
         self.eos_token_ids = general.eos_token_ids
         self.specs = general.specs
         self.general = general
-        self._frequencies, self._factor = frequencies(base.rotary_emb, general.head_dim)
-        self._eps = float(base.norm.variance_epsilon)
+        inverse, factor = frequencies(base.rotary_emb, general.head_dim)
         with torch.inference_mode(False), torch.no_grad():
-            self._layers = [
-                _fuse(layer, spec) for layer, spec in zip(base.layers, general.specs, strict=True)
-            ]
-        self._embedding: Tensor = base.embed_tokens.weight.detach()
-        self._norm: Tensor = base.norm.weight.detach()
-        self._head = _linear(module.get_output_embeddings())
+            layers = tuple(_fuse(layer, spec) for layer, spec in zip(base.layers, general.specs, strict=True))
+        self.stack = LlamaStack(
+            embedding=base.embed_tokens.weight.detach(),
+            layers=layers,
+            norm=base.norm.weight.detach(),
+            head=_linear(module.get_output_embeddings()),
+            frequencies=inverse,
+            factor=factor,
+            eps=float(base.norm.variance_epsilon),
+            query_heads=general.query_heads,
+            kv_heads=general.kv_heads,
+            head_dim=general.head_dim,
+        )
+        self._rotary = PairRotary(frequencies=inverse, first=0, interleaved=False)
         self._check()
 
     @torch.inference_mode()
     def forward(self, token_ids: Tensor, position_ids: Tensor, rows: Tensor, attend: Attend) -> Tensor:
         """See :meth:`winnow.types.LanguageModel.forward`."""
         token_ids, position_ids, rows = (t.to(self.device) for t in (token_ids, position_ids, rows))
-        H, A, D, N = self.kv_heads, self.query_heads, self.head_dim, len(token_ids)
-        angles_NE = position_ids[:, None].float() * self._frequencies
-        cos_NE, sin_NE = angles_NE.cos().mul_(self._factor), angles_NE.sin().mul_(self._factor)
-        x_NK = functional.embedding(token_ids, self._embedding)
-        delta_NK: Tensor | None = None
-        for index, layer in enumerate(self._layers):
-            h_NK = add_rms_norm(x_NK, delta_NK, layer.input_norm, eps=self._eps)
-            heads_NAD = layer.qkv(h_NK).view(N, A + 2 * H, D)
-            rotate_heads(
-                heads_NAD,
-                cos_NE,
-                sin_NE,
-                query_heads=A,
-                key_heads=H,
-                q_weight_D=layer.q_norm,
-                k_weight_D=layer.k_norm,
-                eps=self._eps,
-            )
-            q_NAD, k_NHD, v_NHD = torch.split(heads_NAD, [A, H, H], dim=1)
-            out_NAD = attend(index, q_NAD, k_NHD, v_NHD, layer.spec)
-            h_NK = add_rms_norm(x_NK, layer.output(out_NAD.reshape(N, A * D)), layer.mlp_norm, eps=self._eps)
-            delta_NK = layer.down(silu_mul(layer.gate_up(h_NK)))
-        assert delta_NK is not None
-        last_MK = add_rms_norm(x_NK[rows], delta_NK[rows], self._norm, eps=self._eps)
-        return self._head(last_MK).float()
+        x_NK = functional.embedding(token_ids, self.stack.embedding)
+        delta_NK = self.stack.run(x_NK, self.stack.angles(position_ids), attend, range(self.layers))
+        return self.stack.logits(x_NK[rows], delta_NK[rows])
+
+    def walk(self) -> LayerWalk:
+        """See :meth:`winnow.types.LanguageModel.walk`."""
+        return StackWalk(self.stack)
+
+    def rotary(self, layer: int) -> Rotary:
+        """See :meth:`winnow.types.LanguageModel.rotary`; the same in every layer."""
+        return self._rotary
 
     def _check(self) -> None:
         """Compare with the general runner, on few rows (matrix-vector) and on many (matrix products)."""
@@ -151,17 +120,8 @@ def _difference(fused: FusedModel, general: HFModel, length: int) -> float:
     # Near and far positions: a wrong frequency shows only far out.
     positions = torch.linspace(0, general.max_length - 1, length).long()
     rows = torch.arange(length)
-    got, want = (m.forward(tokens, positions, rows, _probe_attend) for m in (fused, general))
+    got, want = (m.forward(tokens, positions, rows, probe_attend) for m in (fused, general))
     return float((got - want).square().mean().sqrt() / want.square().mean().sqrt())
-
-
-def _probe_attend(layer: int, q_NHD: Tensor, k_NHD: Tensor, v_NHD: Tensor, spec: AttentionSpec) -> Tensor:
-    """Causal attention in plain form; windows and the like are not what is compared here."""
-    q_HND, k_HND, v_HND = (x.transpose(0, 1) for x in (q_NHD, k_NHD, v_NHD))
-    out_HND = functional.scaled_dot_product_attention(
-        q_HND[None], k_HND[None], v_HND[None], is_causal=True, scale=spec.scale, enable_gqa=True
-    )[0]
-    return out_HND.transpose(0, 1)
 
 
 def _llama_shaped(module: Any, general: HFModel) -> Any:
@@ -201,13 +161,13 @@ def _parts(module: nn.Module) -> set[str]:
     return {name for name, _ in module.named_children()}
 
 
-def _fuse(layer: Any, spec: AttentionSpec) -> _Layer:
+def _fuse(layer: Any, spec: AttentionSpec) -> LayerWeights:
     attention, mlp = layer.self_attn, layer.mlp
     q_norm, k_norm = (
         norm.weight.detach() if (norm := getattr(attention, name, None)) is not None else None
         for name in ("q_norm", "k_norm")
     )
-    return _Layer(
+    return LayerWeights(
         input_norm=layer.input_layernorm.weight.detach(),
         qkv=_join((attention.q_proj, attention.k_proj, attention.v_proj)),
         q_norm=q_norm,
@@ -220,11 +180,11 @@ def _fuse(layer: Any, spec: AttentionSpec) -> _Layer:
     )
 
 
-def _linear(module: Any) -> _Linear:
-    return _Linear(weight=module.weight.detach(), bias=None if module.bias is None else module.bias.detach())
+def _linear(module: Any) -> Linear:
+    return Linear(weight=module.weight.detach(), bias=None if module.bias is None else module.bias.detach())
 
 
-def _join(modules: Sequence[Any]) -> _Linear:
+def _join(modules: Sequence[Any]) -> Linear:
     """One matrix over several outputs; the modules' own weights become views of it."""
     joined: dict[str, Tensor | None] = {"bias": None}
     for name in ("weight", "bias"):
@@ -237,4 +197,4 @@ def _join(modules: Sequence[Any]) -> _Linear:
             parameter.data = part
     weight = joined["weight"]
     assert weight is not None
-    return _Linear(weight=weight, bias=joined["bias"])
+    return Linear(weight=weight, bias=joined["bias"])

@@ -13,8 +13,10 @@ from transformers import PreTrainedModel
 from winnow.models.interface import NAME, attending
 from winnow.models.refuse import check_config, check_model, probe
 from winnow.models.rotary import position_limit, use_long_regime
+from winnow.models.turning import find_rotary, tables
+from winnow.models.walk import GeneralWalk, check_walk
 from winnow.models.weights import fingerprint
-from winnow.types import Attend
+from winnow.types import Attend, LayerWalk, Rotary
 
 __all__ = ["HFModel"]
 
@@ -70,6 +72,8 @@ class HFModel:
         self.dtype: torch.dtype = model.dtype
         self.device: torch.device = model.device
         self.eos_token_ids = _eos(model)
+        self._walk: GeneralWalk | None = None
+        self._rotary: list[Rotary | None] | None = None
 
     @property
     def module(self) -> PreTrainedModel:
@@ -89,6 +93,28 @@ class HFModel:
                 **keep,
             ).logits[0]
         return (logits if self._takes_rows else logits[rows]).float()
+
+    def walk(self) -> LayerWalk:
+        """See :meth:`winnow.types.LanguageModel.walk`; made and checked at the first call."""
+        if self._walk is None:
+            walk = GeneralWalk(self._model, self.layers)
+            check_walk(walk, self, self.model_type)
+            self._walk = walk
+        return self._walk
+
+    def rotary(self, layer: int) -> Rotary | None:
+        """See :meth:`winnow.types.LanguageModel.rotary`; found out at the first call."""
+        if self._rotary is None:
+            self._rotary = find_rotary(
+                self.walk(),
+                tables(self._model),
+                layers=self.layers,
+                head_dim=self.head_dim,
+                max_length=self.max_length,
+                dtype=self.dtype,
+                name=self.model_type,
+            )
+        return self._rotary[layer]
 
 
 def _twin(model: PreTrainedModel) -> PreTrainedModel:
