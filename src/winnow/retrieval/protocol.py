@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeGuard
+
+from torch import Tensor
 
 from winnow.store.codecs import EncodedSegment
-from winnow.types import Segment
+from winnow.store.sequence import SequenceStore
+from winnow.types import Needs, Segment
 
-__all__ = ["Match", "Pool", "PoolPart"]
+__all__ = ["Chunk", "ChunkPart", "ChunkPool", "Match", "Pool", "PoolPart", "reuses_chunks"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,9 +56,116 @@ class Pool(Protocol):
         ...
 
 
+@dataclass(eq=False, kw_only=True)
+class Chunk:
+    """Entries of a piece of text that were computed behind nothing but a begin token.
+
+    Attributes
+    ----------
+    tokens : int
+    start : int
+        Position at which its first entry was computed: the number of begin tokens.
+    store : SequenceStore
+        Holds them, at positions ``start .. start + tokens - 1``, in every layer and head.
+    users : int
+        Requests that read it now.
+    """
+
+    tokens: int
+    start: int
+    store: SequenceStore
+    users: int = 0
+
+
+class ChunkPool(Protocol):
+    """A living pool of chunks, found by their token ids; one per engine.
+
+    What it holds is approximate wherever it is placed behind other text, so it shares nothing with
+    a pool of exact prefixes.
+    """
+
+    def find(self, tokens: Sequence[int], begin: Sequence[int], namespace: str) -> Chunk | None:
+        """The chunk of exactly these tokens, computed behind ``begin``; it stays until released."""
+        ...
+
+    def keep(
+        self, tokens: Sequence[int], begin: Sequence[int], namespace: str, store: SequenceStore
+    ) -> Chunk:
+        """Take over a store that holds ``begin`` and then ``tokens``; the chunk stays until released."""
+        ...
+
+    def release(self, chunk: Chunk) -> None:
+        """Allow a chunk to be evicted again; once for every chunk that was handed out."""
+        ...
+
+    def bytes(self) -> int:
+        """Bytes that the pool holds, measured from its live allocations."""
+        ...
+
+
 class PoolPart(Protocol):
     """The frozen parameters of a pool."""
 
     def pool(self) -> Pool:
         """An empty pool."""
         ...
+
+
+class ChunkPart(Protocol):
+    """A pool of chunks, and which of their tokens are computed again where they are placed."""
+
+    @property
+    def needs(self) -> Needs:
+        """What the part asks of the engine."""
+        ...
+
+    @property
+    def separator(self) -> str | None:
+        """Text that divides a prompt into chunks; None where the user gives them."""
+        ...
+
+    @property
+    def codec(self) -> str:
+        """Form in which the pool stores whole pages of a chunk."""
+        ...
+
+    @property
+    def repairs(self) -> bool:
+        """Whether any token is computed again."""
+        ...
+
+    def pool(self) -> ChunkPool:
+        """An empty pool."""
+        ...
+
+    def check(self, layers: int) -> None:
+        """Raise ``ValueError``, with a remedy, where a model of so many layers cannot be served."""
+        ...
+
+    def chooses(self, layer: int) -> bool:
+        """Whether fewer tokens leave this layer than entered it."""
+        ...
+
+    def choose(self, layer: int, new: tuple[Tensor, Tensor], old: tuple[Tensor, Tensor], of: int) -> Tensor:
+        """Which of the tokens that entered a layer are computed further.
+
+        Parameters
+        ----------
+        layer : int
+        new, old : tuple of Tensor
+            Keys and values ``[N, H, D]`` of those tokens as computed now, and as stored, turned to the
+            same positions.
+        of : int
+            Tokens of all chunks together.
+
+        Returns
+        -------
+        Tensor
+            ``[n]`` int64 rows, ascending.
+        """
+        ...
+
+
+def reuses_chunks(part: PoolPart | ChunkPart) -> TypeGuard[ChunkPart]:
+    """Whether a retrieval part reuses chunks, to be repaired, instead of exact prefixes."""
+    return hasattr(part, "choose")
