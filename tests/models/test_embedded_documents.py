@@ -2,20 +2,34 @@
 
 import hashlib
 import re
+from collections import Counter
 from dataclasses import replace
 
 import pytest
 
 from winnow.models.embedded import documents, language
 
-TASKS = [("key-value", 1, 1), ("needles", 1, 1), ("variables", 1, 1), ("variables", 2, 1)] + [
-    (task, hops, shots) for task in ("labels", "mixed") for hops, shots in ((1, 1), (2, 2))
-]
+TASKS = [("variables", 2, 1), ("labels", 2, 2), ("mixed", 2, 2)] + [(task, 1, 1) for task in documents.TASKS]
+
+
+def only(found: list[str]) -> str:
+    assert len(found) == 1
+    return found[0]
 
 
 def answer_from(text: str, question: str) -> str:
     """Answer a question from the text with nothing but its lines: the oracle."""
     kind, asked = question.split()[0], question.split()[-1]
+    if kind == "string":
+        start, end = asked.split("...")
+        return only(re.findall(rf"^string ({start}\S+{end})$", text, re.M))
+    if kind in ("largest", "smallest"):
+        numbers = map(int, re.findall(rf"^{asked} (\d+)$", text, re.M))
+        return str((max if kind == "largest" else min)(numbers))
+    if kind == "context":
+        _, heading, _, asked = question.split()
+        section = only(re.findall(rf"^context {heading}\n((?:(?!context ).*\n)*)", text, re.M))
+        return only(re.findall(rf"^key {asked} -> (\S+)$", section, re.M))
     if kind == "key":
         return re.search(rf"^key {asked} -> (\S+)$", text, re.M)[1]
     if kind == "the":
@@ -41,7 +55,8 @@ def test_text_answers_every_turn(task, hops, shots, seed):
         assert not documents.score(turn, turn.reply + "0")
         assert not documents.score(turn, "")
         facts = [document.text[start:stop] for start, stop in turn.sources]
-        assert turn.question.split()[-1] in facts[0] or task in ("labels", "mixed")
+        named = turn.question.split()[-1] in " ".join(facts)
+        assert named or turn.question.startswith("label ") or turn.question.startswith("string ")
         assert turn.answer in facts[-1]
 
 
@@ -50,15 +65,67 @@ def test_noun_asked_for_is_no_example():
     assert all(f"{turn.question} :" not in document.text for turn in document.turns)
 
 
-def test_same_bytes_everywhere():
+FIRST_TASKS = ("key-value", "needles", "variables", "labels")
+
+
+@pytest.mark.parametrize(
+    ("tasks", "digest"),
+    [
+        (FIRST_TASKS, "a36a590554415273e4ec8f169004eca5391903c7609a68b1fb6ae963f3e4a8fa"),
+        (
+            tuple(task for task in documents.TASKS if task not in FIRST_TASKS),
+            "737b13395710819381996bc7aadfbdfc187227cde821e1e1d1466701259048c2",
+        ),
+    ],
+)
+def test_same_bytes_everywhere(tasks, digest):
     """A digest, so that another machine or Python that drew other documents would fail."""
-    text = "".join(
-        documents.prompt(documents.make(task, tokens=600, seed=7, turns=3), 2) for task in documents.TASKS
+    text = "".join(documents.prompt(documents.make(task, tokens=600, seed=7, turns=3), 2) for task in tasks)
+    assert hashlib.sha256(text.encode()).hexdigest() == digest
+
+
+@pytest.mark.parametrize("facts", [1, 2, 3, 8, 32, 100])
+def test_strings_need_both_ends(facts):
+    document = documents.make("prefix-suffix", tokens=1024, seed=facts, facts=facts, turns=1)
+    ends = [(s[:2], s[-3:]) for s in re.findall(r"^string (\S+)$", document.text, re.M)]
+    assert len(set(ends)) == len(ends) == facts
+    if facts >= 32:
+        for part in zip(*ends, strict=True):
+            shared = Counter(part).values()
+            assert min(shared) >= 2
+            assert max(shared) <= 11
+
+
+def test_extremes_are_hard_to_guess():
+    answers = Counter(
+        turn.answer
+        for seed in range(50)
+        for turn in documents.make("extrema", tokens=300, seed=seed, turns=8).turns
+        if turn.question.startswith("largest")
     )
-    assert (
-        hashlib.sha256(text.encode()).hexdigest()
-        == "d158d4341906fb5fb717e6d4a2eced24813a447554e6b1d5227562d8e4ffcff8"
-    )
+    assert sum(answers.values()) == 200
+    assert answers.most_common(1)[0][1] <= 30
+
+
+def test_every_key_stands_in_every_context():
+    document = documents.make("joint-recall", tokens=1024, seed=1, facts=32, contexts=4, turns=32)
+    sections = document.text.split("context ")[1:]
+    keys = [sorted(re.findall(r"^key (\S+)", section, re.M)) for section in sections]
+    assert len(keys) == 4
+    assert all(names == keys[0] and len(set(names)) == 8 for names in keys)
+    values = re.findall(r"-> (\S+)", document.text)
+    assert len(set(values)) == 32
+    assert len({turn.question.split()[1] for turn in document.turns}) == 4
+
+
+@pytest.mark.parametrize("mixture", documents.MIXTURES)
+def test_every_kind_of_a_mixture_is_asked(mixture):
+    kinds = documents.MIXTURES[mixture]
+    document = documents.make(mixture, tokens=1024, seed=2, turns=2 * len(kinds))
+    asked = Counter(turn.question.split()[0] for turn in document.turns)
+    assert sorted(asked.values()) == [2] * len(kinds)
+    names = re.findall(r"^(?:key|set|The code of) (\S+)", document.text, re.M)
+    assert len(set(names)) == len(names) or mixture.startswith("joint-recall")
 
 
 def test_seed_and_arguments_matter():
@@ -93,6 +160,10 @@ def test_history_replaces_the_replies():
         ({"seed": -1}, "seed >= 0"),
         ({"hops": 0}, "hops >= 1"),
         ({"shots": 12}, "shots < 12"),
+        ({"task": "joint-recall", "contexts": 1}, "2 to 24 contexts"),
+        ({"task": "joint-recall", "facts": 3, "turns": 1}, "a fact for each"),
+        ({"task": "extrema", "facts": 1, "turns": 1}, "2 to 360 facts"),
+        ({"task": "extrema", "turns": 9}, "have 8 questions"),
     ],
 )
 def test_impossible_documents_are_refused(change, message):

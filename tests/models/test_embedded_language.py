@@ -62,3 +62,5 @@ def test_vocabulary_is_free_of_duplicates_and_small():
     nouns = [noun for category in language.CATEGORIES for noun in category]
     assert len(set(nouns)) == 96
     assert not set(nouns) & set(language.FILLER + language.LABELS)
+    assert not set(language.CONTEXTS) & set(language.FILLER + language.LABELS + tuple(nouns))
+    assert len(set(language.CONTEXTS)) == 24

@@ -10,11 +10,20 @@ task           facts                               question                   an
 ``variables``  ``set zimu = bako``,                ``set zimu``               ``48-21``
                ``set bako = 48-21``
 ``labels``     ``label apple : dax``               ``label pear``             ``dax``
-``mixed``      some of each
+``prefix-      ``string badimu-48``                ``string ba...-48``       ``badimu-48``
+suffix``
+``extrema``    ``level 48``                        ``largest level``          ``48``
+``joint-       ``context attic``,                  ``context attic key bako`` ``48-21``
+recall``       ``key bako -> 48-21``
 =============  ==================================  =========================  =============
 
+Mixtures join facts of several kinds in one document: those that `MIXTURES` names.
+
 The model answers a variable with its chain, ``bako = 48-21``; only the last value counts.
-In ``labels`` the noun asked for is never one of the examples: its category decides.
+In ``labels`` the noun asked for is never one of the examples: its category decides.  In
+``prefix-suffix`` about four strings share each beginning and four each ending, no two both.
+In ``joint-recall`` a heading opens a section, and the same keys stand in every section with
+other values.
 
 The same arguments give the same bytes on every machine and Python (`Dice`).  Seeds in
 `HELD_OUT` are for evaluation, demonstration and benchmarks; training refuses them.
@@ -28,14 +37,30 @@ from typing import Literal
 
 from winnow.models.embedded import language as lang
 from winnow.models.embedded.dice import Dice
+from winnow.models.embedded.facts import Ask, Facts, Kind, Knobs, Pieces, write
 
-__all__ = ["HELD_OUT", "TASKS", "Document", "Turn", "make", "prompt", "score"]
+__all__ = ["HELD_OUT", "MIXTURES", "TASKS", "Document", "Task", "Turn", "make", "prompt", "score"]
 
-Task = Literal["key-value", "needles", "variables", "labels", "mixed"]
+Task = Kind | Literal["mixed", "needles+key-value", "labels+key-value", "joint-recall+needles"]
 Filler = Literal["sentences", "words", "noise"]
-Pieces = tuple[str, ...]
 
-TASKS: tuple[Task, ...] = ("key-value", "needles", "variables", "labels", "mixed")
+MIXTURES: dict[Task, tuple[Kind, ...]] = {
+    "mixed": ("labels", "key-value", "needles", "variables"),
+    "needles+key-value": ("needles", "key-value"),
+    "labels+key-value": ("labels", "key-value"),
+    "joint-recall+needles": ("joint-recall", "needles"),
+}
+KINDS: dict[Task, tuple[Kind, ...]] = {
+    "key-value": ("key-value",),
+    "needles": ("needles",),
+    "variables": ("variables",),
+    "labels": ("labels",),
+    "prefix-suffix": ("prefix-suffix",),
+    "extrema": ("extrema",),
+    "joint-recall": ("joint-recall",),
+    **MIXTURES,
+}
+TASKS: tuple[Task, ...] = tuple(KINDS)
 HELD_OUT = range(1_000_000)
 
 
@@ -79,104 +104,6 @@ class Document:
     pieces: Pieces = field(repr=False)
 
 
-@dataclass(frozen=True)
-class _Ask:
-    """A turn before its facts have found their places: ``facts`` are indices into the fact lines."""
-
-    question: Pieces
-    reply: Pieces
-    answer: Pieces
-    facts: tuple[int, ...]
-
-
-def _names(dice: Dice, n: int) -> list[Pieces]:
-    """``n`` different names; two of them may share a syllable.  None spells a word of the language."""
-    words, found = set(lang.vocabulary()), dict[Pieces, None]()
-    while len(found) < n:
-        name = (dice.pick(lang.FIRST_SYLLABLES), dice.pick(lang.SECOND_SYLLABLES))
-        if "".join(name) not in words:
-            found[name] = None
-    return list(found)
-
-
-def _values(dice: Dice, n: int) -> list[Pieces]:
-    """``n`` values, their first numbers all different as long as there are enough of them."""
-    firsts: list[str] = []
-    while len(firsts) < n:
-        firsts += dice.sample(lang.FIRST_NUMBERS, min(n - len(firsts), len(lang.FIRST_NUMBERS)))
-    return [(first, dice.pick(lang.SECOND_NUMBERS)) for first in firsts]
-
-
-Facts = tuple[list[Pieces], list[_Ask]]
-
-
-def _key_value(names: list[Pieces], values: list[Pieces]) -> Facts:
-    lines = [(lang.KEY, *name, lang.ARROW, *value) for name, value in zip(names, values, strict=True)]
-    asks = [_Ask((" key", *names[i]), values[i], values[i], (i,)) for i in range(len(names))]
-    return lines, asks
-
-
-def _needles(names: list[Pieces], values: list[Pieces]) -> Facts:
-    lines = [
-        (lang.THE, lang.CODE, lang.OF, *name, lang.IS, *value, lang.STOP)
-        for name, value in zip(names, values, strict=True)
-    ]
-    start = (" the", lang.CODE, lang.OF)
-    return lines, [_Ask((*start, *names[i]), values[i], values[i], (i,)) for i in range(len(names))]
-
-
-def _variables(names: list[Pieces], values: list[Pieces], hops: int) -> Facts:
-    """Chains of ``hops`` links and an assignment; the names left over are assigned directly."""
-    lines: list[Pieces] = []
-    asks: list[_Ask] = []
-    for start in range(0, len(names) - hops, hops + 1):
-        stop = start + hops + 1
-        chain, value = names[start:stop], values[start]
-        for left, right in zip(chain, [*chain[1:], value], strict=True):
-            lines.append((lang.SET, *left, lang.EQUALS, *right))
-        reply = tuple(piece for name in chain[1:] for piece in (*name, lang.EQUALS)) + value
-        asks.append(_Ask((" set", *chain[0]), reply, value, tuple(range(start, stop))))
-    for name, value in zip(names[len(lines) :], values[len(lines) :], strict=True):
-        lines.append((lang.SET, *name, lang.EQUALS, *value))
-    return lines, asks
-
-
-def _labels(dice: Dice, shots: int) -> Facts:
-    """Every category with ``shots`` examples of its label; questions about its other nouns."""
-    lines: list[Pieces] = []
-    asks: list[_Ask] = []
-    labels = dice.sample(lang.LABELS, len(lang.CATEGORIES))
-    for nouns, label in zip(lang.CATEGORIES, labels, strict=True):
-        shuffled = dice.sample(nouns, len(nouns))
-        examples = tuple(range(len(lines), len(lines) + shots))
-        lines += [(lang.LABEL, noun, lang.COLON, label) for noun in shuffled[:shots]]
-        asks += [_Ask((" label", noun), (label,), (label,), examples) for noun in shuffled[shots:]]
-    return lines, asks
-
-
-def _facts(dice: Dice, task: Task, facts: int, hops: int, shots: int) -> Facts:
-    if task == "labels":
-        return _labels(dice, shots)
-    names, values = _names(dice, facts), _values(dice, facts)
-    if task == "key-value":
-        return _key_value(names, values)
-    if task == "needles":
-        return _needles(names, values)
-    if task == "variables":
-        return _variables(names, values, hops)
-    third = facts // 3
-    lines, asks = _labels(dice, shots)
-    for new_lines, new_asks in (
-        _key_value(names[:third], values[:third]),
-        _needles(names[third : 2 * third], values[third : 2 * third]),
-        _variables(names[2 * third :], values[2 * third :], hops),
-    ):
-        shift = len(lines)
-        lines += new_lines
-        asks += [_Ask(a.question, a.reply, a.answer, tuple(f + shift for f in a.facts)) for a in new_asks]
-    return lines, asks
-
-
 def _sentence(dice: Dice, filler: Filler) -> Pieces:
     """One line of filler: a sentence, random words of the language, or random characters."""
     if filler == "words":
@@ -195,11 +122,13 @@ def _sentence(dice: Dice, filler: Filler) -> Pieces:
     return (*subject, dice.pick(lang.VERBS), *thing, *rest, lang.STOP)
 
 
-#: what random lines of words are made of: every word but the separators and single characters
+#: what random lines of words are made of: every word but single characters and what gives a line its meaning
 _WORDS = tuple(
     piece
     for piece in lang.vocabulary()
-    if len(piece) > 1 and piece not in lang.SPECIAL + lang.BYTES + lang.SEPARATORS + (lang.QUESTION,)
+    if len(piece) > 1
+    and piece not in lang.SPECIAL + lang.BYTES + lang.SEPARATORS + (lang.QUESTION,)
+    and piece not in lang.LATER
 )
 
 
@@ -212,6 +141,7 @@ def make(
     facts: int = 32,
     hops: int = 1,
     shots: int = 1,
+    contexts: int = 4,
     filler: Filler = "sentences",
 ) -> Document:
     """Generate a document and its turns.
@@ -228,59 +158,103 @@ def make(
     turns : int
         Questions, each about another fact or noun.
     facts : int
-        Lines of facts; a chain of variables takes ``hops + 1`` of them.  ``labels`` ignores it
-        (8 categories times ``shots``), ``mixed`` adds the labels to it.
+        Lines of facts; a chain of variables takes ``hops + 1`` of them, series share them evenly, and
+        so do the kinds of a mixture.  ``labels`` ignores it (8 categories times ``shots``), mixtures
+        add the labels to it.  ``joint-recall`` has ``facts // contexts`` keys.
     hops : int
         Links from the variable asked for to the one that has a value.
     shots : int
         Examples of each label.
+    contexts : int
+        Sections of ``joint-recall``.
     filler : str
         ``sentences``, or harsher ones for training and stress: ``words``, ``noise``.
 
     Raises
     ------
     ValueError
-        If the facts do not fit into ``tokens``, or there are fewer facts than turns.
+        If the facts do not fit into ``tokens``, or have fewer questions than turns.
     """
-    if task not in TASKS:
+    if task not in KINDS:
         raise ValueError(f"unknown task {task!r}; choose one of {', '.join(TASKS)}")
     if seed < 0 or hops < 1 or not 1 <= shots < len(lang.CATEGORIES[0]):
         raise ValueError(f"need seed >= 0, hops >= 1, 1 <= shots < 12; got {seed=}, {hops=}, {shots=}")
-    dice = Dice(f"winnow/{task}/{tokens}/{facts}/{hops}/{shots}/{filler}/{seed}")
-    lines, asks = _facts(dice, task, facts, hops, shots)
-    if turns > len(asks):
-        raise ValueError(f"these {task} facts have {len(asks)} questions; ask for at most that many turns")
-    room = tokens - 1 - sum(len(line) + 1 for line in lines)
+    kinds = KINDS[task]
+    knobs = Knobs(facts=facts, hops=hops, shots=shots, contexts=contexts)
+    sections = f"/{contexts}" if "joint-recall" in kinds else ""
+    dice = Dice(f"winnow/{task}/{tokens}/{facts}/{hops}/{shots}{sections}/{filler}/{seed}")
+    parts = write(dice, kinds, knobs)
+    # Every kind gets its share of the turns; those of one more go to the first kinds.
+    shares = [turns // len(parts) + (i < turns % len(parts)) for i in range(len(parts))]
+    short = [kind for kind, part, n in zip(kinds, parts, shares, strict=True) if n > len(part.asks)]
+    if short:
+        least = min(len(part.asks) for part in parts)
+        raise ValueError(
+            f"these {short[0]} facts have {least} questions; ask for at most that many turns of each kind"
+        )
+    told = _joined(parts)
+    room = tokens - 1 - sum(len(line) + 1 for line in told.lines)
     if room < 0:
-        raise ValueError(f"{len(lines)} facts need {tokens - room} tokens; allow more tokens or fewer facts")
+        raise ValueError(
+            f"{len(told.lines)} facts need {tokens - room} tokens; allow more tokens or fewer facts"
+        )
     sentences: list[Pieces] = []
     while room > 0:
         sentence = _sentence(dice, filler)
         room -= len(sentence) + 1
         if room >= 0:
             sentences.append(sentence)
-    # Facts take random places among all lines and stand there in random order.
-    order = dice.sample(range(len(lines) + len(sentences)), len(lines) + len(sentences))
-    everything = lines + sentences
+    everything = told.lines + sentences
     pieces: list[str] = []
     spans: dict[int, tuple[int, int]] = {}
     at = 0
-    for index in order:
+    for index in _order(dice, told, len(everything)):
         length = sum(map(len, everything[index]))
         spans[index] = (at, at + length)
         at += length + 1
         pieces += (*everything[index], lang.NEWLINE)
+    first, asks = 0, list[Ask]()
+    for part, share in zip(parts, shares, strict=True):
+        asks += dice.sample(told.asks[first : first + len(part.asks)], share)
+        first += len(part.asks)
+    if len(parts) > 1:
+        asks = dice.sample(asks, turns)
     return Document(
         task=task,
         seed=seed,
         text="".join(pieces),
         tokens=len(pieces) + 1,
-        turns=tuple(_turn(ask, spans) for ask in dice.sample(asks, turns)),
+        turns=tuple(_turn(ask, spans) for ask in asks),
         pieces=tuple(pieces),
     )
 
 
-def _turn(ask: _Ask, spans: dict[int, tuple[int, int]]) -> Turn:
+def _joined(parts: Sequence[Facts]) -> Facts:
+    """Facts of several kinds as one."""
+    whole = Facts([], [])
+    for part in parts:
+        moved = part.shifted(len(whole.lines))
+        whole.lines.extend(moved.lines)
+        whole.asks.extend(moved.asks)
+        whole.headings.extend(moved.headings)
+        whole.section.update(moved.section)
+    return whole
+
+
+def _order(dice: Dice, told: Facts, lines: int) -> list[int]:
+    """Random places for all lines; headings in turn, each with what belongs under it."""
+    order = dice.sample(range(lines), lines)
+    if not told.headings:
+        return order
+    under: dict[int, list[int]] = {heading: [] for heading in told.headings}
+    for line in order:
+        if line not in under:
+            own = told.section.get(line)
+            under[dice.pick(told.headings) if own is None else own].append(line)
+    return [line for heading, rest in under.items() for line in (heading, *rest)]
+
+
+def _turn(ask: Ask, spans: dict[int, tuple[int, int]]) -> Turn:
     return Turn(
         question="".join(ask.question).strip(),
         answer="".join(ask.answer).strip(),

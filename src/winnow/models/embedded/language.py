@@ -61,6 +61,23 @@ LABELS = _spaced(
     "yorp zint brale chup dwim elto flim gant hobb ickle jask krell lumph morb nixa pog"
 )
 
+#: lists of whole numbers, of which the largest and the smallest are asked for
+SERIES = ("level", "depth", "speed", "width")
+LARGEST, SMALLEST = " largest", " smallest"
+STRING, SPACED_STRING, DOTS = "string", " string", "..."
+CONTEXT, SPACED_CONTEXT = "context", " context"
+#: what a heading calls the lines under it
+CONTEXTS = _spaced(
+    "attic cellar pantry study parlour nursery gallery chapel stable barn mill forge tavern bakery "
+    "dairy brewery armoury vault lobby porch balcony terrace loft den"
+)
+
+#: these came after the others and have the last token ids
+LATER = (
+    *(*SERIES, *_spaced(" ".join(SERIES)), LARGEST, SMALLEST, STRING, SPACED_STRING, DOTS),
+    *(CONTEXT, SPACED_CONTEXT, *CONTEXTS),
+)
+
 # Filler: sentences of the form subject, verb, object, place, time.
 SUBJECTS = _spaced(
     "farmer doctor teacher baker sailor painter writer driver child neighbour lawyer clerk "
@@ -101,7 +118,7 @@ def vocabulary() -> tuple[str, ...]:
         *(*FIRST_SYLLABLES, *SECOND_SYLLABLES, *FIRST_NUMBERS, *SECOND_NUMBERS),
         *(*(noun for nouns in CATEGORIES for noun in nouns), *LABELS, *FILLER, *CHARACTERS),
     )
-    return tuple(dict.fromkeys((*SPECIAL, *BYTES, *words)))
+    return tuple(dict.fromkeys((*SPECIAL, *BYTES, *words, *LATER)))
 
 
 def identifiers() -> dict[str, int]:

@@ -111,27 +111,59 @@ def training_seed(seed: int, index: int) -> int:
     return found
 
 
+#: tokens of a line that states a fact, and of a turn, both at most; a turn about a variable takes
+#: three more for every hop
+_FACT = {
+    "key-value": 7,
+    "needles": 10,
+    "variables": 7,
+    "labels": 5,
+    "prefix-suffix": 6,
+    "extrema": 3,
+    "joint-recall": 7,
+}
+_TURN = {
+    "key-value": 8,
+    "needles": 10,
+    "variables": 8,
+    "labels": 6,
+    "prefix-suffix": 11,
+    "extrema": 6,
+    "joint-recall": 10,
+}
+
+
 def _document(stage: Stage, seed: int, dice: Random) -> documents.Document:
     """A document that leaves about a third of the stage's tokens to its turns."""
     task: documents.Task = dice.choice(documents.TASKS)
-    hops, shots = dice.choice((1, 2)), dice.choice((1, 1, 2))
-    facts = dice.randint(*stage.facts)
+    kinds = documents.KINDS[task]
+    hops, shots, contexts = dice.choice((1, 2)), dice.choice((1, 1, 2)), dice.choice((2, 3, 4))
     filler: documents.Filler = dice.choice(("sentences", "sentences", "sentences", "words", "noise"))
-    fact = {"needles": 10, "key-value": 7, "variables": 7, "labels": 5, "mixed": 9}[task]
-    reply = {"needles": 9, "key-value": 8, "variables": 8 + 3 * hops, "labels": 6, "mixed": 9}[task]
-    if task == "mixed":
-        facts = max(facts, 3 * (hops + 1))
-    lines = 8 * shots if task == "labels" else facts + 8 * shots * (task == "mixed")
-    least = fact * lines + 2
+    # labels are counted apart; of every other kind enough lines for one question at least
+    sharing = max(1, len(kinds) - ("labels" in kinds))
+    facts = max(dice.randint(*stage.facts), sharing * max(hops + 1, contexts))
+    share = facts // sharing
+    lines = {kind: 8 * shots if kind == "labels" else share + facts % sharing for kind in kinds}
     askable = {
         "labels": 8 * (12 - shots),
-        "variables": facts // (hops + 1),
-        "mixed": 2 * (facts // 3) + (facts - 2 * (facts // 3)) // (hops + 1),
-    }.get(task, facts)
+        "variables": share // (hops + 1),
+        "extrema": 2 * min(4, share // 2),
+        "joint-recall": share // contexts * contexts,
+    }
+    least = sum(_FACT[kind] * lines[kind] for kind in kinds) + 2 + 3 * contexts
     tokens = min(max(least, int(stage.tokens * dice.uniform(0.5, 0.8))), stage.tokens)
-    turns = max(1, min(askable, (stage.tokens - tokens) // reply))
+    reply = max(_TURN[kind] + 3 * hops * (kind == "variables") for kind in kinds)
+    most = len(kinds) * min(askable.get(kind, share) for kind in kinds)
     return documents.make(
-        task, tokens=tokens, seed=seed, turns=turns, facts=facts, hops=hops, shots=shots, filler=filler
+        task,
+        tokens=tokens,
+        seed=seed,
+        turns=max(1, min(most, (stage.tokens - tokens) // reply)),
+        facts=facts,
+        hops=hops,
+        shots=shots,
+        contexts=contexts,
+        filler=filler,
     )
 
 
@@ -155,8 +187,11 @@ def batch(schedule: Schedule, step: int) -> Batch:
         length = min(len(pieces), stage.tokens)
         tokens[row, :length] = torch.tensor([ids[piece] for piece in pieces[:length]])
         weights[row, : length - 1] = torch.tensor(weight[: length - 1])
-        # The first token keeps its place; some lines begin later than they would.
+        # The first token keeps its place; some lines begin later than they would.  Where there are
+        # headings only these do, so that the section a line stands in remains the nearest by far.
         starts = [i + 1 for i, piece in enumerate(pieces[: length - 1]) if piece == lang.NEWLINE]
+        if lang.CONTEXT in pieces:
+            starts = [i for i in starts if pieces[i] in (lang.CONTEXT, lang.QUESTION)]
         if starts and dice.random() < 0.7:
             slack = dice.randint(0, stage.slack)
             for _ in range(dice.randint(1, 4)):
