@@ -71,7 +71,8 @@ def describe() -> dict[str, Any]:
         "system": platform.platform(),
         "versions": {
             "python": platform.python_version(),
-            **{name: _version(name) for name in ("winnow-llm", "torch", "transformers", "numpy")},
+            "torch": torch.__version__,  # the wheel's metadata may lack the local part, such as +cu130
+            **{name: _version(name) for name in ("winnow-llm", "transformers", "numpy")},
         },
         "commit": _commit(),
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
