@@ -24,6 +24,7 @@ constexpr int TILE = 2048;             // entries between two rescalings: long, 
 constexpr int64_t MAX_CHUNK = 8192;    // entries
 constexpr int64_t MIN_CHUNK = 512;
 constexpr int64_t SERIAL_BYTES = 1 << 18;  // less than this is not worth waking a second thread
+constexpr int AHEAD = 64;              // rows between what is read and what is fetched
 constexpr float LOG2E = 1.44269504f;
 constexpr float MINUS_INF = -std::numeric_limits<float>::infinity();
 
@@ -91,32 +92,28 @@ class Worker {
       std::fill(pass.total, pass.total + HEADS, 0.f);
     }
 
-    const T* buffers[2][BLOCK];
-    const T **now = buffers[0], **next = buffers[1];
-    // The hardware's prefetcher follows a dense read better than prefetch instructions do, but not a list.
-    const bool hint = row.listed;
-    point(now, false, 0, n);
-    if (hint) {
-      for (int i = 0; i < BLOCK; ++i) prefetch_row(now[i], dim_ * static_cast<int>(sizeof(T)));
+    // A block of rows, and behind it those that come next, the other phase's first ones among them. The
+    // hardware's prefetcher follows a dense read better than prefetch instructions do, but not a list.
+    const T* rows[BLOCK + AHEAD];
+    const T* const* ahead = row.listed ? rows + AHEAD : nullptr;
+    if (ahead) {
+      const int first = point(rows, false, 0, std::min<int64_t>(AHEAD, n));
+      for (int i = 0; i < first; ++i) prefetch_row(rows[i], dim_ * static_cast<int>(sizeof(T)));
     }
     for (int64_t tile = 0; tile < n; tile += TILE) {
       const int64_t end = std::min<int64_t>(tile + TILE, n);
       for (int64_t at = tile; at < end; at += BLOCK) {
-        const bool more = at + BLOCK < end;
-        point(next, !more, more ? at + BLOCK : tile, n);
+        point(rows, false, at, end, tile, end);
         for (int p = 0; p < passes; ++p)
-          tile_logits<T>(passes_[p].queries, now, hint ? next : nullptr, padded(end - at), passes_[p].heads, dim_,
+          tile_logits<T>(passes_[p].queries, rows, ahead, padded(end - at), passes_[p].heads, dim_,
                          passes_[p].logits + (at - tile) * HEADS);
-        std::swap(now, next);
       }
       for (int p = 0; p < passes; ++p) softmax(passes_[p], tile, static_cast<int>(end - tile));
       for (int64_t at = tile; at < end; at += BLOCK) {
-        const bool more = at + BLOCK < end;
-        point(next, more, more ? at + BLOCK : end, n);
+        point(rows, true, at, end, end, n);
         for (int p = 0; p < passes; ++p)
-          tile_values<T>(passes_[p].sums, passes_[p].logits + (at - tile) * HEADS, now, hint ? next : nullptr,
-                         padded(end - at), passes_[p].heads, dim_);
-        std::swap(now, next);
+          tile_values<T>(passes_[p].sums, passes_[p].logits + (at - tile) * HEADS, rows, ahead, padded(end - at),
+                         passes_[p].heads, dim_);
       }
     }
 
@@ -160,18 +157,28 @@ class Worker {
 
   int64_t entry(int64_t i) const { return row_->listed ? entries_[static_cast<size_t>(i)] : first_ + i; }
 
-  // Pointers to BLOCK rows of K or V from entry i on; behind the end they show a row of zeros.
-  void point(const T** to, bool values, int64_t i, int64_t n) const {
+  // Pointers to rows of K or V from entry i on and below `end`, and behind them to rows then..last - 1 of the
+  // other; where there are none, a row of zeros. Only V's last block may be padded, so nothing but zeros is
+  // ever added for no entry: all other blocks of V are whole, and padded logits are overwritten.
+  void point(const T** to, bool values, int64_t i, int64_t end, int64_t then, int64_t last) const {
     alignas(64) static const T zeros[MAX_DIM] = {};
+    const int all = row_->listed ? BLOCK + AHEAD : BLOCK;
+    int have = point(to, values, i, std::min(end, i + all));
+    have += point(to + have, !values, then, std::min(last, then + all - have));
+    for (int j = have; j < all; ++j) to[j] = zeros;
+  }
+
+  // Pointers to rows i..end - 1 of K or V; returns how many.
+  int point(const T** to, bool values, int64_t i, int64_t end) const {
     const T* base = values ? v_ : k_;
     const int64_t stride = values ? a_.v_row : a_.k_row;
-    const int have = static_cast<int>(std::clamp<int64_t>(n - i, 0, BLOCK));
+    const int have = static_cast<int>(std::max<int64_t>(0, end - i));
     if (row_->listed) {
       for (int j = 0; j < have; ++j) to[j] = base + entries_[static_cast<size_t>(i + j)] * stride;
     } else {
       for (int j = 0; j < have; ++j) to[j] = base + (first_ + i + j) * stride;
     }
-    for (int j = have; j < BLOCK; ++j) to[j] = zeros;
+    return have;
   }
 
   // Logits of a tile become probabilities relative to the running maximum; older sums are rescaled to it.

@@ -83,9 +83,11 @@ inline Vec exp2_fast(Vec x) {
 }
 inline float exp2_fast(float x) { return exp2_fast(splat(x))[0]; }
 
+// Into the second-level cache: it keeps more requests in flight than the first, which scattered rows, each
+// a miss of its own, need. Bare reading of 5 % of 64K rows took 0.54 ms so, 0.95 ms by the first level.
 inline void prefetch_row(const void* row, int bytes) {
   const char* at = static_cast<const char*>(row);
-  for (int i = 0; i < bytes; i += 64) __builtin_prefetch(at + i, 0, 3);
+  for (int i = 0; i < bytes; i += 64) __builtin_prefetch(at + i, 0, 2);
 }
 
 // ---------------------------------------------------------------- portable

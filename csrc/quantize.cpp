@@ -23,6 +23,7 @@ namespace WINNOW_ISA {
 namespace {
 
 constexpr int64_t kAhead = 16384;             // bytes
+constexpr int64_t kRun = 2 * kLanes;         // channels that a pair of vectors holds
 constexpr int64_t kTile = 16;                // rows whose scales are worked out together
 constexpr int64_t kStreamBytes = 24 << 20;   // results beyond this do not fit the caches: write around them
 constexpr int64_t kSerialElements = 1 << 14;  // below this a second thread costs more than it gives
@@ -73,6 +74,7 @@ struct Form {
 
 struct Scratch {
   std::vector<float> low, high, zero, scale, inverse;
+  std::vector<float> runs_zero, runs_inverse;  // the same, once per run of channels
   std::vector<uint8_t> codes;
   std::vector<uint8_t> out;  // what goes around the caches, see Sink
   Scratch(int64_t groups, int64_t height, int64_t width)
@@ -81,6 +83,8 @@ struct Scratch {
         zero(groups + kLanes),
         scale(groups + kLanes),
         inverse(groups + kLanes),
+        runs_zero(height * width / kRun),
+        runs_inverse(height * width / kRun),
         codes(height * width),
         out(std::max<int64_t>(4, height) * width + 64) {}
 };
@@ -105,6 +109,10 @@ void fit(const Form& form, int64_t groups, const float* low, const float* high, 
 }
 
 // ---- Bounds
+
+// The later pass over a piece, which is slower than memory, fetches what is to come into the second-level
+// cache.
+inline void prefetch(const void* p) { __builtin_prefetch(static_cast<const char*>(p) + kAhead, 0, 2); }
 
 template <class T>
 void bounds(const T* x, int64_t count, float& low, float& high) {
@@ -153,11 +161,16 @@ void channel_bounds(const T* x, int64_t stride, int64_t rows, int64_t width, flo
 
 // ---- Codes
 
-// A factor that a run of channels shares, or one for each channel (in pairs: even ones first).
+// A factor that some channels share, one for each run of them, or one for each channel (in pairs: even ones
+// first).
 struct Shared {
   float value;
   Pairs pairs(int64_t) const { return {value - F{}, value - F{}}; }
   float operator[](int64_t) const { return value; }
+};
+struct PerRun {
+  const float* values;
+  Pairs pairs(int64_t i) const { return {values[i / kRun] - F{}, values[i / kRun] - F{}}; }
 };
 struct Each {
   const float* values;
@@ -172,26 +185,31 @@ void encode(const T* x, int64_t count, Factor zero, Factor inverse, const Form& 
     codes[i] = uint8_t(bits_of((widen(x[i]) - zero[i]) * inverse[i] + form.round) & mask);
 }
 
-// The later pass over a piece, which is slower than memory, fetches what is to come into the second-level
-// cache.
-inline void prefetch(const void* p) { __builtin_prefetch(static_cast<const char*>(p) + kAhead, 0, 2); }
+// Codes of a run: neighbours meet in a lane.
+template <int bits, class T, class Factor>
+inline U encoded(const T* x, int64_t i, Factor zero, Factor inverse, float round) {
+  constexpr uint32_t mask = (1u << bits) - 1;
+  const Pairs v = load_pairs(x + i), z = zero.pairs(i), f = inverse.pairs(i);
+  prefetch(x + i);
+  const U even = (U)((v.even - z.even) * f.even + round), odd = (U)((v.odd - z.odd) * f.odd + round);
+  return (even & mask) | (odd << bits & mask << bits);
+}
 
-// Two codes meet in a lane: packed bytes for 4 bits, words of two bytes for 8, and for 2 bits half bytes
-// that are yet to be packed like codes of 4.
+// Packed codes, four runs at a time.
 template <int bits, class T, class Factor>
 void encode_pairs(const T* x, int64_t count, Factor zero, Factor inverse, float round, uint8_t* out) {
-  constexpr uint32_t mask = (1u << bits) - 1;
-  for (int64_t i = 0; i < count; i += 2 * kLanes) {
-    const Pairs v = load_pairs(x + i), z = zero.pairs(i), f = inverse.pairs(i);
-    prefetch(x + i);
-    const U even = (U)((v.even - z.even) * f.even + round), odd = (U)((v.odd - z.odd) * f.odd + round);
-    const U both = (even & mask) | (odd << bits & mask << bits);
-    if (bits == 8) {
-      to_words(reinterpret_cast<uint16_t*>(out + i), both);
-    } else {
-      to_bytes(out + i / 2, both);
-    }
-  }
+  int64_t i = 0;
+  for (; i + 4 * kRun <= count; i += 4 * kRun)
+    narrow_four<bits>(out + i * bits / 8, encoded<bits>(x, i, zero, inverse, round),
+                      encoded<bits>(x, i + kRun, zero, inverse, round),
+                      encoded<bits>(x, i + 2 * kRun, zero, inverse, round),
+                      encoded<bits>(x, i + 3 * kRun, zero, inverse, round));
+  if (i == count) return;
+  U last[4] = {};
+  for (int64_t j = i; j < count; j += kRun) last[(j - i) / kRun] = encoded<bits>(x, j, zero, inverse, round);
+  uint8_t four[4 * kRun];
+  narrow_four<bits>(four, last[0], last[1], last[2], last[3]);
+  std::memcpy(out + i * bits / 8, four, size_t((count - i) * bits / 8));
 }
 
 template <class T, class Factor>
@@ -202,7 +220,7 @@ void decode(const uint8_t* codes, int64_t count, Factor zero, Factor scale, int 
 template <int bits, class T, class Factor>
 void decode_pairs(const uint8_t* codes, int64_t count, Factor zero, Factor scale, int offset, T* x) {
   for (int64_t i = 0; i < count; i += 2 * kLanes) {
-    const U both = bits == 8 ? from_words(reinterpret_cast<const uint16_t*>(codes + i)) : from_bytes(codes + i / 2);
+    const U both = widened<bits>(codes + i * bits / 8);
     const I even = (I)(both & ((1u << bits) - 1)) - offset, odd = (I)(both >> bits) - offset;
     const Pairs z = zero.pairs(i), f = scale.pairs(i);
     store_pairs(x + i, {__builtin_convertvector(even, F) * f.even + z.even,
@@ -241,6 +259,11 @@ const uint8_t* unpack(int bits, const uint8_t* packed, int64_t width, uint8_t* c
     for (; i < width; ++i) codes[i] = packed[i / 4] >> i % 4 * 2 & 3;
   }
   return codes;
+}
+
+// Every value `times` times.
+void repeat(const float* values, int64_t count, int64_t times, float* out) {
+  for (int64_t i = 0; i < count; ++i, out += times) std::fill(out, out + times, values[i]);
 }
 
 void store_bf16(const float* __restrict values, int64_t count, uint16_t* __restrict out) {
@@ -350,23 +373,12 @@ class Codes {
   int64_t stride_;
 };
 
-// What `encode` or `encode_pairs` left for a row, at its final density. Done after all rows of a piece:
-// reading codes back just behind their narrower stores would stall.
+// `encode` leaves one byte per code; packed are they after all rows of a piece: reading bytes back just
+// behind their stores would stall.
 template <int bits>
 void pack_rows(const QuantizeArgs& a, const Scratch& s, Rows p, const Codes& to) {
-  for (int64_t i = 0; i < p.last - p.first; ++i) {
-    const uint8_t* codes = s.codes.data() + i * a.width;
-    if (bits == 2) pack(4, codes, a.width / 2, to.row(i));
-    if (bits == 0) pack(a.bits, codes, a.width, to.row(i));
-  }
-}
-
-template <int bits, class T, class Factor>
-void encode_run(const Form& form, const T* x, int64_t count, Factor zero, Factor inverse,
-                uint8_t* staged, uint8_t* out) {
-  if (bits == 8 || bits == 4) return encode_pairs<bits>(x, count, zero, inverse, form.round, out);
-  if (bits == 2) return encode_pairs<2>(x, count, zero, inverse, form.round, staged);
-  encode(x, count, zero, inverse, form, staged);
+  if (bits != 0) return;
+  for (int64_t i = 0; i < p.last - p.first; ++i) pack(a.bits, s.codes.data() + i * a.width, a.width, to.row(i));
 }
 
 // The bounds of all groups of some rows, row by row.
@@ -411,15 +423,29 @@ void quantize_tokens(const QuantizeArgs& a, const Form& form, Scratch& s, Rows p
       s.inverse.data());
   store_factors(a.scale, s.scale.data(), per_row, p);
   if (a.zero.data) store_factors(a.zero, s.zero.data(), per_row, p);
-  const float *zero = s.zero.data(), *inverse = s.inverse.data();
   const Codes to(a, s, p);
+  const float *zero = s.zero.data(), *inverse = s.inverse.data();
+  const int64_t runs = a.group / kRun;  // 1, 2 or 3 are encoded with those of other groups, four at a time
+  const bool together = bits != 0 && runs % 4;
+  if (together && runs > 1) {
+    repeat(zero, (p.last - p.first) * per_row, runs, s.runs_zero.data());
+    repeat(inverse, (p.last - p.first) * per_row, runs, s.runs_inverse.data());
+    zero = s.runs_zero.data(), inverse = s.runs_inverse.data();
+  }
   for (int64_t r = p.first; r < p.last; ++r) {
     const T* x = row_of<const T>(a.x, p.outer, r);
     uint8_t* out = to.row(r - p.first);
-    uint8_t* staged = s.codes.data() + (r - p.first) * a.width;
-    for (int64_t c = 0; c < a.width; c += a.group, ++zero, ++inverse)
-      encode_run<bits>(form, x + c, a.group, Shared{*zero}, Shared{*inverse}, staged + (bits == 2 ? c / 2 : c),
-                       out + c * bits / 8);
+    uint8_t* codes = s.codes.data() + (r - p.first) * a.width;
+    if (together) {
+      encode_pairs<bits ? bits : 8>(x, a.width, PerRun{zero}, PerRun{inverse}, form.round, out);
+      zero += a.width / kRun, inverse += a.width / kRun;
+      continue;
+    }
+    for (int64_t c = 0; c < a.width; c += a.group, ++zero, ++inverse) {
+      const Shared z{*zero}, f{*inverse};
+      if (bits == 0) encode(x + c, a.group, z, f, form, codes + c);
+      if (bits != 0) encode_pairs<bits ? bits : 8>(x + c, a.group, z, f, form.round, out + c * bits / 8);
+    }
   }
   pack_rows<bits>(a, s, p, to);
 }
@@ -437,9 +463,15 @@ void quantize_channels(const QuantizeArgs& a, const Form& form, Scratch& s, Rows
   store_bf16(scale, a.width, row_of<uint16_t>(a.scale, p.outer, p.first / a.group));
   if (a.zero.data) store_bf16(zero, a.width, row_of<uint16_t>(a.zero, p.outer, p.first / a.group));
   const Codes to(a, s, p);
-  for (int64_t r = p.first; r < p.last; ++r)
-    encode_run<bits>(form, row_of<const T>(a.x, p.outer, r), a.width, Each{s.zero.data()}, Each{s.inverse.data()},
-                     s.codes.data() + (r - p.first) * a.width, to.row(r - p.first));
+  const Each z{s.zero.data()}, f{s.inverse.data()};
+  for (int64_t r = p.first; r < p.last; ++r) {
+    const T* x = row_of<const T>(a.x, p.outer, r);
+    if (bits != 0) {
+      encode_pairs<bits ? bits : 8>(x, a.width, z, f, form.round, to.row(r - p.first));
+    } else {
+      encode(x, a.width, z, f, form, s.codes.data() + (r - p.first) * a.width);
+    }
+  }
   pack_rows<bits>(a, s, p, to);
 }
 
@@ -448,14 +480,13 @@ template <int bits>
 const uint8_t* codes_of(const QuantizeArgs& a, Scratch& s, int64_t o, int64_t r) {
   const uint8_t* packed = row_of<const uint8_t>(a.codes, o, r);
   for (int64_t i = 0; i < a.width * a.bits / 8; i += 64) prefetch(packed + i);
-  if (bits == 2) return unpack(4, packed, a.width / 2, s.codes.data());
   return bits == 0 ? unpack(a.bits, packed, a.width, s.codes.data()) : packed;
 }
 
 template <int bits, class T, class Factor>
 void decode_run(const Form& form, const uint8_t* codes, int64_t at, int64_t count, Factor zero, Factor scale, T* x) {
   if (bits == 0) return decode(codes + at, count, zero, scale, form.offset, x);
-  decode_pairs<bits ? bits : 8>(codes + (bits == 8 ? at : at / 2), count, zero, scale, form.offset, x);
+  decode_pairs<bits ? bits : 8>(codes + at * bits / 8, count, zero, scale, form.offset, x);
 }
 
 template <int bits, class T>

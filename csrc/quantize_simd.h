@@ -3,6 +3,7 @@
 #pragma once
 #include <cstdint>
 #include <cstring>
+#include <initializer_list>
 
 #if WINNOW_ISA_avx512 || WINNOW_ISA_avx2
 #include <immintrin.h>
@@ -38,23 +39,59 @@ inline void store(T* p, V v) {
   std::memcpy(p, &v, sizeof v);
 }
 
-// Zero-extended loads, and stores of the low part of every lane.
+// Zero-extended loads and narrowing stores. In a lane lie two neighbouring codes, the first in its low bits:
+// `widened` reads a vector of them, `narrow_four` packs four vectors, one behind the other.
 #if WINNOW_ISA_avx512
-inline U from_bytes(const uint8_t* p) { return (U)_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p)); }
-inline U from_words(const uint16_t* p) { return (U)_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)); }
 inline Words words_from_bytes(const uint8_t* p) {
   return (Words)_mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i*)p));
 }
-inline void to_bytes(uint8_t* p, U v) { _mm_storeu_si128((__m128i*)p, _mm512_cvtepi32_epi8((__m512i)v)); }
-inline void to_words(uint16_t* p, U v) { _mm256_storeu_si256((__m256i*)p, _mm512_cvtepi32_epi16((__m512i)v)); }
 inline void words_to_bytes(uint8_t* p, Words v) {
   _mm256_storeu_si256((__m256i*)p, _mm512_cvtepi16_epi8((__m512i)v));
+}
+
+template <int bits>
+inline U widened(const uint8_t* p) {
+  if constexpr (bits == 8) return (U)_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p));
+  if constexpr (bits == 4) return (U)_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p));
+  const __m512i two = _mm512_cvtepu8_epi64(_mm_loadl_epi64((const __m128i*)p));  // lanes to a byte
+  return (U)_mm512_or_si512(two, _mm512_slli_epi64(two, 28)) & 15u;
+}
+
+// Where byte j of vector g is, if every `step` bytes hold one of each vector.
+template <int step>
+struct Order {
+  alignas(64) uint8_t at[64] = {};
+  constexpr Order() {
+    for (int i = 0; i < 256 / step; ++i) at[i] = uint8_t(i % (64 / step) * step + i / (64 / step));
+  }
+};
+
+struct EvenWords {
+  alignas(64) uint16_t at[32] = {};
+  constexpr EvenWords() {
+    for (int i = 0; i < 32; ++i) at[i] = uint16_t(2 * i);
+  }
+};
+
+template <int bits>
+inline void narrow_four(uint8_t* p, U a, U b, U c, U d) {
+  if constexpr (bits == 8) {
+    static constexpr EvenWords words;
+    const __m512i even = _mm512_load_si512(words.at);
+    _mm512_storeu_si512(p, _mm512_permutex2var_epi16((__m512i)a, even, (__m512i)b));
+    _mm512_storeu_si512(p + 64, _mm512_permutex2var_epi16((__m512i)c, even, (__m512i)d));
+    return;
+  }
+  static constexpr Order<bits == 4 ? 4 : 8> order;
+  __m512i all = (__m512i)(a | b << 8 | c << 16 | d << 24);
+  if constexpr (bits == 2) all = _mm512_or_si512(all, _mm512_srli_epi64(all, 28));
+  all = _mm512_permutexvar_epi8(_mm512_load_si512(order.at), all);
+  if constexpr (bits == 4) _mm512_storeu_si512(p, all);
+  if constexpr (bits == 2) _mm256_storeu_si256((__m256i*)p, _mm512_castsi512_si256(all));
 }
 inline F least(F a, F b) { return _mm512_min_ps(a, b); }
 inline F largest(F a, F b) { return _mm512_max_ps(a, b); }
 #elif WINNOW_ISA_avx2
-inline U from_bytes(const uint8_t* p) { return (U)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p)); }
-inline U from_words(const uint16_t* p) { return (U)_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)); }
 inline Words words_from_bytes(const uint8_t* p) {
   return (Words)_mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i*)p));
 }
@@ -62,41 +99,71 @@ inline void words_to_bytes(uint8_t* p, Words v) {
   const __m256i low = (__m256i)(v & 0xff);  // packing saturates
   _mm_storeu_si128((__m128i*)p, _mm_packus_epi16(_mm256_castsi256_si128(low), _mm256_extracti128_si256(low, 1)));
 }
-inline void to_words(uint16_t* p, U v) {
-  const __m256i low = (__m256i)(v & 0xffffu);
-  _mm_storeu_si128((__m128i*)p, _mm_packus_epi32(_mm256_castsi256_si128(low), _mm256_extracti128_si256(low, 1)));
+
+template <int bits>
+inline U widened(const uint8_t* p) {
+  if constexpr (bits == 8) return (U)_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p));
+  if constexpr (bits == 4) return (U)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p));
+  const __m256i two = _mm256_cvtepu8_epi64(_mm_cvtsi32_si128(load<int32_t>(p)));  // lanes to a byte
+  return (U)_mm256_or_si256(two, _mm256_slli_epi64(two, 28)) & 15u;
 }
-inline void to_bytes(uint8_t* p, U v) {
-  const __m256i low = (__m256i)(v & 0xffu);
-  const __m128i words = _mm_packus_epi32(_mm256_castsi256_si128(low), _mm256_extracti128_si256(low, 1));
-  _mm_storel_epi64((__m128i*)p, _mm_packus_epi16(words, words));
+
+template <int bits>
+inline void narrow_four(uint8_t* p, U a, U b, U c, U d) {
+  if constexpr (bits == 8) {
+    const __m256i ab = _mm256_packus_epi32((__m256i)a, (__m256i)b), cd = _mm256_packus_epi32((__m256i)c, (__m256i)d);
+    _mm256_storeu_si256((__m256i*)p, _mm256_permute4x64_epi64(ab, 0xd8));
+    _mm256_storeu_si256((__m256i*)(p + 32), _mm256_permute4x64_epi64(cd, 0xd8));
+    return;
+  }
+  // Bytes of one vector together within each half, then the halves.
+  __m256i all = (__m256i)(a | b << 8 | c << 16 | d << 24);
+  if constexpr (bits == 4) {
+    const __m128i order = _mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+    all = _mm256_shuffle_epi8(all, _mm256_broadcastsi128_si256(order));
+    all = _mm256_permutevar8x32_epi32(all, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
+    _mm256_storeu_si256((__m256i*)p, all);
+  }
+  if constexpr (bits == 2) {
+    all = _mm256_or_si256(all, _mm256_srli_epi64(all, 28));
+    const __m128i order = _mm_setr_epi8(0, 8, 1, 9, 2, 10, 3, 11, -1, -1, -1, -1, -1, -1, -1, -1);
+    all = _mm256_shuffle_epi8(all, _mm256_broadcastsi128_si256(order));
+    const __m128i both = _mm_unpacklo_epi16(_mm256_castsi256_si128(all), _mm256_extracti128_si256(all, 1));
+    _mm_storeu_si128((__m128i*)p, both);
+  }
 }
 inline F least(F a, F b) { return _mm256_min_ps(a, b); }
 inline F largest(F a, F b) { return _mm256_max_ps(a, b); }
 #else
-inline U from_bytes(const uint8_t* p) {
-  U v;
-  for (int i = 0; i < kLanes; ++i) v[i] = p[i];
-  return v;
-}
-inline U from_words(const uint16_t* p) {
-  U v;
-  for (int i = 0; i < kLanes; ++i) v[i] = p[i];
-  return v;
-}
 inline Words words_from_bytes(const uint8_t* p) {
   Words v;
   for (int i = 0; i < 2 * kLanes; ++i) v[i] = p[i];
   return v;
 }
-inline void to_bytes(uint8_t* p, U v) {
-  for (int i = 0; i < kLanes; ++i) p[i] = uint8_t(v[i]);
-}
-inline void to_words(uint16_t* p, U v) {
-  for (int i = 0; i < kLanes; ++i) p[i] = uint16_t(v[i]);
-}
 inline void words_to_bytes(uint8_t* p, Words v) {
   for (int i = 0; i < 2 * kLanes; ++i) p[i] = uint8_t(v[i]);
+}
+
+template <int bits>
+inline U widened(const uint8_t* p) {
+  U v;
+  for (int i = 0; i < kLanes; ++i) {
+    if (bits == 8) v[i] = p[2 * i] | uint32_t(p[2 * i + 1]) << 8;
+    if (bits == 4) v[i] = p[i];
+    if (bits == 2) v[i] = p[i / 2] >> i % 2 * 4 & 15;
+  }
+  return v;
+}
+
+template <int bits>
+inline void narrow_four(uint8_t* p, U a, U b, U c, U d) {
+  for (const U& v : {a, b, c, d}) {
+    for (int i = 0; i < kLanes; ++i) {
+      if (bits == 8) *p++ = uint8_t(v[i]), *p++ = uint8_t(v[i] >> 8);
+      if (bits == 4) *p++ = uint8_t(v[i]);
+      if (bits == 2 && i % 2) *p++ = uint8_t(v[i - 1] | v[i] << 4);
+    }
+  }
 }
 inline F least(F a, F b) { return a < b ? a : b; }
 inline F largest(F a, F b) { return a > b ? a : b; }
@@ -152,13 +219,21 @@ inline void store_pairs(float* p, Pairs v) {
   store(p + kLanes, shuffle(v.even, v.odd, lanes.high));
 }
 
-// Reduces each of kLanes vectors to one value: v[0] holds them in order.
+// Reduces each of kLanes vectors to one value: v[0] holds them in order. Depth first, so that what is
+// halfway stays in registers.
+template <int n, class Op>
+inline __attribute__((always_inline)) F reduced(const F* v, const Lanes& lanes, Op op) {
+  if constexpr (n == 1) {
+    return v[0];
+  } else {
+    const F a = reduced<n / 2>(v, lanes, op), b = reduced<n / 2>(v + n / 2, lanes, op);
+    return op(shuffle(a, b, lanes.even), shuffle(a, b, lanes.odd));
+  }
+}
 template <class Op>
 inline void reduce_each(F* v, Op op) {
   const Lanes lanes;
-  for (int n = kLanes / 2; n; n /= 2)
-    for (int g = 0; g < n; ++g)
-      v[g] = op(shuffle(v[2 * g], v[2 * g + 1], lanes.even), shuffle(v[2 * g], v[2 * g + 1], lanes.odd));
+  v[0] = reduced<kLanes>(v, lanes, op);
 }
 
 }  // namespace

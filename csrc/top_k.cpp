@@ -22,7 +22,9 @@ namespace winnow {
 namespace WINNOW_ISA {
 namespace {
 
-constexpr int64_t SAMPLE = 1024;
+constexpr int64_t RUN = 16;              // a sampled run: what one line of the cache holds
+constexpr int64_t SAMPLE = 128 * RUN;
+constexpr int64_t AHEAD = 1024;          // scores between what is read and what is fetched
 constexpr int64_t SAMPLE_FROM = 8192;  // shorter rows are candidates as a whole
 constexpr int64_t SMALL = 64;          // candidates that are sorted outright
 constexpr int64_t SERIAL_BYTES = 1 << 18;
@@ -38,14 +40,14 @@ int64_t collect(const float* x, int64_t n, float least, float* value, int32_t* i
   const __m512i step = _mm512_set1_epi32(16);
   int64_t count = 0;
   for (int64_t i = 0; i < n; i += 16) {
+    if (i + AHEAD < n) __builtin_prefetch(x + i + AHEAD, 0, 3);
     const auto valid = static_cast<__mmask16>(n - i >= 16 ? 0xffff : (1u << (n - i)) - 1);
     const __m512 v = _mm512_maskz_loadu_ps(valid, x + i);
     const __mmask16 take = _mm512_mask_cmp_ps_mask(valid, v, bound, _CMP_GE_OQ);
-    if (take) {
-      _mm512_storeu_ps(value + count, _mm512_maskz_compress_ps(take, v));
-      _mm512_storeu_si512(index + count, _mm512_maskz_compress_epi32(take, at));
-      count += __builtin_popcount(take);
-    }
+    // Without a branch: at usual densities whether any is taken cannot be predicted.
+    _mm512_storeu_ps(value + count, _mm512_maskz_compress_ps(take, v));
+    _mm512_storeu_si512(index + count, _mm512_maskz_compress_epi32(take, at));
+    count += __builtin_popcount(take);
     at = _mm512_add_epi32(at, step);
   }
   return count;
@@ -136,8 +138,14 @@ class Selector {
   int64_t run(const float* x, int64_t n, int64_t k, int32_t* to) {
     if (k <= 0 || n <= 0) return 0;
     reserve(n);
-    const float threshold = suggest(x, n, k);
+    // Runs cost few lines of memory, but neighbours may be alike: the second guess, once the row is in the
+    // cache, samples single scores.
+    float threshold = suggest(x, n, k, RUN);
     int64_t count = collect(x, n, threshold, value_.data(), index_.data());
+    if (count < k && threshold > LOWEST) {
+      threshold = suggest(x, n, k, 1);
+      count = collect(x, n, threshold, value_.data(), index_.data());
+    }
     if (count < k && threshold > LOWEST) count = collect(x, n, LOWEST, value_.data(), index_.data());
     if (count <= k) {
       std::copy(index_.begin(), index_.begin() + count, to);
@@ -158,19 +166,26 @@ class Selector {
   }
 
   // A score that very likely has more than k, but not many more, scores at or above it.
-  float suggest(const float* x, int64_t n, int64_t k) {
+  float suggest(const float* x, int64_t n, int64_t k, int64_t run) {
     if (n < SAMPLE_FROM) return LOWEST;
     const double expected = static_cast<double>(k) * SAMPLE / static_cast<double>(n);
     const auto rank = static_cast<int64_t>(expected + 4 * std::sqrt(expected) + 4);
     if (rank >= SAMPLE / 2) return LOWEST;
-    const int64_t stride = n / SAMPLE;
+    const int64_t runs = SAMPLE / run, stride = n / runs;
+    const auto offsets = static_cast<uint32_t>(stride - run + 1);
+    int64_t begin[SAMPLE];
     uint32_t jitter = 1;  // against scores that repeat with the stride
     int64_t count = 0;
-    for (int64_t i = 0; i < SAMPLE; ++i) {
+    for (int64_t i = 0; i < runs; ++i) {
       jitter = jitter * 1664525u + 1013904223u;
-      const float v = x[i * stride + static_cast<int64_t>((jitter >> 8) % static_cast<uint32_t>(stride))];
-      value_[static_cast<size_t>(count)] = v;
-      count += v >= LOWEST;
+      begin[i] = i * stride + static_cast<int64_t>((jitter >> 8) % offsets);
+      __builtin_prefetch(x + begin[i], 0, 3);
+    }
+    for (int64_t i = 0; i < runs; ++i) {
+      for (int64_t j = begin[i]; j < begin[i] + run; ++j) {
+        value_[static_cast<size_t>(count)] = x[j];
+        count += x[j] >= LOWEST;
+      }
     }
     return count < rank ? LOWEST : select(value_.data(), count, rank).value;
   }
