@@ -24,12 +24,19 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
+from winnow.compression.actions.compensate import Compensate
 from winnow.compression.actions.demote import Demote
 from winnow.compression.actions.drop import Drop
+from winnow.compression.actions.merge_similar import MergeSimilar
+from winnow.compression.actions.slide import Slide
+from winnow.compression.budgets.adaptive import Adaptive
+from winnow.compression.budgets.density import Density
 from winnow.compression.budgets.everything import Everything
 from winnow.compression.budgets.uniform import Uniform
 from winnow.compression.protocol import Action, BudgetRule, Compress, Scorer
+from winnow.compression.scorers.accumulated import Accumulated
 from winnow.compression.scorers.recency import Recency
+from winnow.compression.scorers.recurrence import Recurrence
 from winnow.compression.scorers.window_attention import WindowAttention
 from winnow.generation.a_shape import AShape
 from winnow.generation.anchor import Anchor
@@ -52,9 +59,20 @@ STAGES: tuple[Slot, ...] = ("generation", "compression", "retrieval", "loading")
 PARTS: dict[Slot, dict[str, type]] = {
     "generation": {"a-shape": AShape, "anchor": Anchor, "tri-shape": TriShape},
     "compression": {"compress": Compress},
-    "scorer": {"window-attention": WindowAttention, "recency": Recency},
-    "budget": {"uniform": Uniform, "everything": Everything},
-    "action": {"drop": Drop, "demote": Demote},
+    "scorer": {
+        "window-attention": WindowAttention,
+        "recency": Recency,
+        "accumulated": Accumulated,
+        "recurrence": Recurrence,
+    },
+    "budget": {"uniform": Uniform, "everything": Everything, "adaptive": Adaptive, "density": Density},
+    "action": {
+        "drop": Drop,
+        "demote": Demote,
+        "slide": Slide,
+        "merge-similar": MergeSimilar,
+        "compensate": Compensate,
+    },
     "retrieval": {"radix": Radix},
     "loading": {"tidal": Tidal, "sketch": Sketch},
 }
@@ -141,6 +159,12 @@ class Recipe:
             raise ValueError(
                 f"recipe{self._called()}: {' and '.join(hungry)} reads an offline profile but the recipe "
                 f"names none; make one for your model and give its path as profile=..."
+            )
+        if self.needs.mass == "all" and self.retrieval is not None:
+            raise ValueError(
+                f"recipe{self._called()}: its compression sums the attention of every prompt token, and "
+                f"tokens whose entries come from a pool have none; leave retrieval out, or score by the "
+                f"last queries (window-attention)"
             )
         if self.profile is not None and not self.needs.profile:
             raise ValueError(

@@ -17,11 +17,18 @@ import winnow.compression
 import winnow.generation
 import winnow.loading
 import winnow.retrieval
+from winnow.compression.actions.compensate import Compensate
 from winnow.compression.actions.demote import Demote
 from winnow.compression.actions.drop import Drop
+from winnow.compression.actions.merge_similar import MergeSimilar
+from winnow.compression.actions.slide import Slide
+from winnow.compression.budgets.adaptive import Adaptive
+from winnow.compression.budgets.density import Density
 from winnow.compression.budgets.everything import Everything
 from winnow.compression.budgets.uniform import Uniform
+from winnow.compression.scorers.accumulated import Accumulated
 from winnow.compression.scorers.recency import Recency
+from winnow.compression.scorers.recurrence import Recurrence
 from winnow.compression.scorers.window_attention import WindowAttention
 from winnow.generation.a_shape import AShape
 from winnow.generation.anchor import Anchor
@@ -78,9 +85,19 @@ SAMPLES: dict[type, Sample] = {
     TriShape: Sample(TriShape(init=3, local=9, last=4), TriShape(init=0, local=9, last=10_000)),
     WindowAttention: Sample(WindowAttention(window=4, pool=3), WindowAttention(window=4, pool=1)),
     Recency: Sample(Recency(sinks=2), Recency(sinks=0)),
+    Accumulated: Sample(Accumulated(recent=4, sinks=1), Accumulated(recent=4)),
+    Recurrence: Sample(Recurrence(recent=4, alpha=0.05), Recurrence(recent=4)),
     Uniform: Sample(Uniform(keep=11), Uniform(keep=10_000)),
     Everything: Sample(Everything(), Everything()),
+    Adaptive: Sample(Adaptive(keep=11, floor=2), Adaptive(keep=10_000)),
+    Density: Sample(
+        Density(keep=11, dense_first=0, dense_last=0, least=6),
+        Density(keep=10_000, dense_first=0, dense_last=0),
+    ),
     Drop: Sample(Drop(), Drop()),
+    Slide: Sample(Slide(sinks=3), Slide(sinks=3)),
+    MergeSimilar: Sample(MergeSimilar(), MergeSimilar()),
+    Compensate: Sample(Compensate(), Compensate()),
     Demote: Sample(Demote(codec="raw", recent=3), Demote(codec="raw", recent=10_000)),
     Radix: Sample(Radix(page=4, capacity_bytes=1 << 20), Radix(page=1)),
     Sketch: Sample(Sketch(keep=7, recent=2, sinks=1, every=2), Sketch(keep=10_000)),

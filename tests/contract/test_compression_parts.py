@@ -169,10 +169,10 @@ def test_scores_depend_on_this_sequence_only(part):
 def test_no_head_is_given_more_than_it_holds(part, lengths):
     sample = SAMPLES[part]
     for rule in sample:
-        (budget,) = rule.allocate([scores(lengths)], setting(lengths))
+        (budget,) = rule.allocate([scores(lengths)], setting(lengths), rule.state())
         assert (budget.entries <= torch.tensor(lengths)).all()
         assert (budget.entries >= 1).all()
-    (limit,) = sample.limit.allocate([scores(lengths)], setting(lengths))
+    (limit,) = sample.limit.allocate([scores(lengths)], setting(lengths), sample.limit.state())
     assert limit.entries.tolist() == lengths, "the limit must keep everything"
 
 
@@ -180,7 +180,7 @@ def test_no_head_is_given_more_than_it_holds(part, lengths):
 def test_a_budget_is_met_exactly_in_total(part):
     tight = SAMPLES[part].tight
     lengths = [200, 200]
-    budgets = tight.allocate([scores(lengths, seed=i) for i in range(4)], setting(lengths, 4))
+    budgets = tight.allocate([scores(lengths, seed=i) for i in range(4)], setting(lengths, 4), tight.state())
     assert len(budgets) == 4
     total = sum(int(b.entries.sum()) for b in budgets)
     assert total == 4 * 2 * (200 if tight.least is None else tight.keep)
@@ -189,8 +189,8 @@ def test_a_budget_is_met_exactly_in_total(part):
 @parts("budget", "inputs unmutated")
 def test_allocating_writes_to_nothing(part):
     given = [scores([40, 50])]
-    before = snapshot(given)
-    (budget,) = SAMPLES[part].tight.allocate(given, setting([40, 50]))
+    before, tight = snapshot(given), SAMPLES[part].tight
+    (budget,) = tight.allocate(given, setting([40, 50]), tight.state())
     budget.entries.add_(1)
     assert same(before, snapshot(given))
 

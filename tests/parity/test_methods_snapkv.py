@@ -35,7 +35,7 @@ def planned(recipe, q, k, v):
         query_positions=torch.arange(max(0, length - window), length, dtype=torch.int32),
     )
     scores = compress.score.score(seen, None)
-    (budget,) = compress.budget.allocate([scores], Setting(layers=[0], of=1, tokens=length))
+    (budget,) = compress.budget.allocate([scores], Setting(layers=[0], of=1, tokens=length), None)
     return compress.act.plan(seen, scores, budget, None).keep
 
 

@@ -111,7 +111,11 @@ class BudgetRule(Protocol):
         """The smallest budget that a long head can be given; None where there is no such bound."""
         ...
 
-    def allocate(self, scores: Sequence[Scores], setting: Setting) -> list[Budget]:
+    def state(self) -> Any:
+        """State for one sequence; None for a part that has none. Must survive ``copy.deepcopy``."""
+        ...
+
+    def allocate(self, scores: Sequence[Scores], setting: Setting, state: Any) -> list[Budget]:
         """One budget per layer of ``setting.layers``."""
         ...
 
@@ -142,9 +146,9 @@ class Compress:
     score : Scorer
     budget : BudgetRule
     act : Action
-    turns : {"first", "every"}
+    turns : {"first", "every", "none"}
         Act at the end of the first prefill of a sequence only, as the published eviction
-        methods do, or at the end of every turn's prefill.
+        methods do, at the end of every turn's prefill, or at the end of none.
     every : int
         While decoding, act again whenever so many tokens were added since it last acted; 0 never.
         Between two actions a head holds up to ``every`` entries more than its budget.
@@ -156,13 +160,17 @@ class Compress:
     score: Scorer
     budget: BudgetRule
     act: Action
-    turns: Literal["first", "every"] = "first"
+    turns: Literal["first", "every", "none"] = "first"
     every: int = 0
     chunks: bool = False
 
     def __post_init__(self) -> None:
-        if self.turns not in ("first", "every"):
-            raise ValueError(f"compress: turns={self.turns!r} is unknown; give 'first' or 'every'")
+        if self.turns not in ("first", "every", "none"):
+            raise ValueError(f"compress: turns={self.turns!r} is unknown; give 'first', 'every' or 'none'")
+        if self.turns == "none" and (self.chunks or not self.every):
+            raise ValueError(
+                "compress: turns='none' acts while decoding alone; give every=... and leave chunks out"
+            )
         if self.every < 0:
             raise ValueError(f"compress: every={self.every}; give the tokens between two actions, or 0")
         least, protects = self.budget.least, self.score.protects

@@ -41,6 +41,7 @@ class Compression:
         self.acted = 0
         self._profile = profile
         self._score_state = recipe.score.state()
+        self._budget_state = recipe.budget.state()
         self._act_state = recipe.act.state()
 
     def copy(self) -> Compression:
@@ -48,6 +49,7 @@ class Compression:
         other = Compression(self.recipe, self._profile)
         other.acted = self.acted
         other._score_state = copy.deepcopy(self._score_state)
+        other._budget_state = copy.deepcopy(self._budget_state)
         other._act_state = copy.deepcopy(self._act_state)
         return other
 
@@ -55,7 +57,7 @@ class Compression:
 
     def acts_on_turn(self, turns: int) -> bool:
         """Whether it acts at the end of a prefill, before which ``turns`` prefills ended."""
-        return self.recipe.turns == "every" or turns == 0
+        return self.recipe.turns == "every" or (self.recipe.turns == "first" and turns == 0)
 
     def due(self, tokens: int) -> bool:
         """Whether it acts now, after a decode step that made the sequence ``tokens`` long."""
@@ -110,7 +112,7 @@ class Compression:
         for group in groups:
             scores: list[Scores] = [self.recipe.score.score(seen(i), self._score_state) for i in group]
             setting = Setting(layers=group, of=store.layers, tokens=store.length, profile=self._profile)
-            rooms = budget.allocate(scores, setting)
+            rooms = budget.allocate(scores, setting, self._budget_state)
             for layer, of_layer, room in zip(group, scores, rooms, strict=True):
                 plans[layer] = act.plan(seen(layer), of_layer, room, self._act_state)
         with uninterrupted():

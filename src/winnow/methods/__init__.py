@@ -12,9 +12,14 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from winnow.methods.a_shape import a_shape
+from winnow.methods.adakv import adakv
 from winnow.methods.anchor_attention import anchor_attention
+from winnow.methods.d2o import d2o
+from winnow.methods.h2o import h2o
+from winnow.methods.lazy_eviction import lazy_eviction
 from winnow.methods.prefix_reuse import prefix_reuse
 from winnow.methods.snapkv import snapkv
+from winnow.methods.streaming_llm import streaming_llm
 from winnow.methods.tidal_decode import tidal_decode
 from winnow.methods.tri_shape import tri_shape
 from winnow.recipe import Recipe, Slot, nearest, parse_yaml, read_value
@@ -82,6 +87,46 @@ METHODS: dict[str, Method] = {
             paper="arXiv 2404.14469",
             needs="queries of the last prompt tokens",
             saves="bytes stored and read: keep entries per KV head",
+        ),
+        Method(
+            name="adakv",
+            make=adakv,
+            stage="compression",
+            paper="arXiv 2407.11550",
+            needs="queries of the last prompt tokens",
+            saves="bytes stored and read: keep entries per KV head on average, shared by need",
+        ),
+        Method(
+            name="streaming-llm",
+            make=streaming_llm,
+            stage="compression",
+            paper="arXiv 2309.17453",
+            needs="rotary positions",
+            saves="bytes stored and read: sinks and a window, from the first token on",
+        ),
+        Method(
+            name="h2o",
+            make=h2o,
+            stage="compression",
+            paper="arXiv 2306.14048",
+            needs="attention mass (half of the prefill's attention more)",
+            saves="bytes stored and read, bounded while decoding",
+        ),
+        Method(
+            name="d2o",
+            make=d2o,
+            stage="compression",
+            paper="arXiv 2406.13035",
+            needs="attention mass (half of the prefill's attention more)",
+            saves="bytes stored and read, by layer; what goes is merged",
+        ),
+        Method(
+            name="lazy-eviction",
+            make=lazy_eviction,
+            stage="compression",
+            paper="arXiv 2506.15969",
+            needs="attention of every decode step",
+            saves="bytes stored and read of long outputs",
         ),
         Method(
             name="prefix-reuse",

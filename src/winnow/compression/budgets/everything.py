@@ -26,6 +26,6 @@ class Everything(Plain):
         """No lower bound: whatever is there stays."""
         return None
 
-    def allocate(self, scores: Sequence[Scores], setting: Setting) -> list[Budget]:
+    def allocate(self, scores: Sequence[Scores], setting: Setting, state: None) -> list[Budget]:
         """One budget per layer: the length of every head."""
         return [Budget(entries=one.lengths.clone()) for one in scores]

@@ -39,6 +39,6 @@ class Uniform(Plain):
         """The smallest budget that a long head can be given."""
         return self.keep
 
-    def allocate(self, scores: Sequence[Scores], setting: Setting) -> list[Budget]:
+    def allocate(self, scores: Sequence[Scores], setting: Setting, state: None) -> list[Budget]:
         """One budget per layer: ``keep`` entries or the head's length, whichever is smaller."""
         return [Budget(entries=one.lengths.clamp(max=self.keep)) for one in scores]
