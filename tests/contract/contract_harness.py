@@ -92,7 +92,7 @@ SAMPLES: dict[type, Sample] = {
     Adaptive: Sample(Adaptive(keep=11, floor=2), Adaptive(keep=10_000)),
     Density: Sample(
         Density(keep=11, dense_first=0, dense_last=0, least=6),
-        Density(keep=10_000, dense_first=0, dense_last=0),
+        Density(keep=10_000, dense_first=0, dense_last=0, least=6),
     ),
     Drop: Sample(Drop(), Drop()),
     Slide: Sample(Slide(sinks=3), Slide(sinks=3)),

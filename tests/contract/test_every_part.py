@@ -69,8 +69,10 @@ def test_every_parameter_changes_the_fingerprint(part):
         value = getattr(tight, field.name)
         if get_origin(hints[field.name]) is Literal:
             changed = next(one for one in get_args(hints[field.name]) if one != value)
-        elif isinstance(value, (int, float)) and not isinstance(value, bool):
+        elif isinstance(value, int) and not isinstance(value, bool):
             changed = value + 2
+        elif isinstance(value, float):
+            changed = value / 2 + 0.125  # a share stays a share
         else:
             continue
         other = dataclasses.replace(tight, **{field.name: changed})
