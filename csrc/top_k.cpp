@@ -2,10 +2,11 @@
 // over the candidates finds the exact k-th largest, and a pass over them writes the indices.
 //
 // A sample only decides how many candidates there are, never which are chosen: where it was misleading and
-// fewer than k candidates remain, the pass is repeated without a threshold.
+// fewer than k candidates remain, the pass is repeated with another sample, and then without a threshold.
 #include "top_k.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <limits>
 #include <stdexcept>
@@ -22,9 +23,9 @@ namespace winnow {
 namespace WINNOW_ISA {
 namespace {
 
-constexpr int64_t RUN = 16;              // a sampled run: what one line of the cache holds
-constexpr int64_t SAMPLE = 128 * RUN;
-constexpr int64_t AHEAD = 1024;          // scores between what is read and what is fetched
+constexpr int64_t RUN = 16;            // a sampled run: what one line of the cache holds
+constexpr int64_t SAMPLE = 64 * RUN;
+constexpr int64_t AHEAD = 2048;        // scores between what is read and what is fetched
 constexpr int64_t SAMPLE_FROM = 8192;  // shorter rows are candidates as a whole
 constexpr int64_t SMALL = 64;          // candidates that are sorted outright
 constexpr int64_t SERIAL_BYTES = 1 << 18;
@@ -40,7 +41,7 @@ int64_t collect(const float* x, int64_t n, float least, float* value, int32_t* i
   const __m512i step = _mm512_set1_epi32(16);
   int64_t count = 0;
   for (int64_t i = 0; i < n; i += 16) {
-    if (i + AHEAD < n) __builtin_prefetch(x + i + AHEAD, 0, 3);
+    if (i + AHEAD < n) __builtin_prefetch(x + i + AHEAD, 0, 2);
     const auto valid = static_cast<__mmask16>(n - i >= 16 ? 0xffff : (1u << (n - i)) - 1);
     const __m512 v = _mm512_maskz_loadu_ps(valid, x + i);
     const __mmask16 take = _mm512_mask_cmp_ps_mask(valid, v, bound, _CMP_GE_OQ);
@@ -134,19 +135,32 @@ struct Kth {
 
 class Selector {
  public:
-  // Indices of the k largest of x[0..n), ascending; returns how many there were.
-  int64_t run(const float* x, int64_t n, int64_t k, int32_t* to) {
+  // Fetches what `run` reads first of a row of n scores: a few lines far apart, which take longer to arrive
+  // than a tenth of the row in one stream. (Inlined, because GCC drops calls that do nothing but fetch.)
+  static inline __attribute__((always_inline)) void fetch(const float* x, int64_t n) {
+    if (n < SAMPLE_FROM) return;
+    for (int64_t i = 0; i < SAMPLE / RUN; ++i) {
+      const float* from = x + place(i, SAMPLE / RUN, n, RUN);
+      __builtin_prefetch(from, 0, 2);
+      __builtin_prefetch(from + RUN - 1, 0, 2);
+    }
+  }
+
+  // Indices of the k largest of x[0..n), ascending; returns how many there were. The row that comes next,
+  // or null, is fetched where nothing else keeps memory busy.
+  int64_t run(const float* x, int64_t n, int64_t k, int32_t* to, const float* next, int64_t next_n) {
     if (k <= 0 || n <= 0) return 0;
     reserve(n);
     // Runs cost few lines of memory, but neighbours may be alike: the second guess, once the row is in the
     // cache, samples single scores.
-    float threshold = suggest(x, n, k, RUN);
+    float threshold = suggest<RUN>(x, n, k);
     int64_t count = collect(x, n, threshold, value_.data(), index_.data());
     if (count < k && threshold > LOWEST) {
-      threshold = suggest(x, n, k, 1);
+      threshold = suggest<1>(x, n, k);
       count = collect(x, n, threshold, value_.data(), index_.data());
     }
     if (count < k && threshold > LOWEST) count = collect(x, n, LOWEST, value_.data(), index_.data());
+    if (next) fetch(next, next_n);
     if (count <= k) {
       std::copy(index_.begin(), index_.begin() + count, to);
       return count;
@@ -165,26 +179,27 @@ class Selector {
     for (auto& buffer : parts_) buffer.resize(size);
   }
 
+  // Where sample i of `samples` of a row of n scores begins: at random within its part of the row, against
+  // scores that repeat.
+  static int64_t place(int64_t i, int64_t samples, int64_t n, int64_t run) {
+    const int64_t part = n / samples;
+    const uint32_t jitter = (static_cast<uint32_t>(i) + 1) * 2654435769u >> 8;
+    return i * part + static_cast<int64_t>(jitter % static_cast<uint32_t>(part - run + 1));
+  }
+
   // A score that very likely has more than k, but not many more, scores at or above it.
-  float suggest(const float* x, int64_t n, int64_t k, int64_t run) {
+  template <int64_t run>
+  float suggest(const float* x, int64_t n, int64_t k) {
     if (n < SAMPLE_FROM) return LOWEST;
     const double expected = static_cast<double>(k) * SAMPLE / static_cast<double>(n);
     const auto rank = static_cast<int64_t>(expected + 4 * std::sqrt(expected) + 4);
     if (rank >= SAMPLE / 2) return LOWEST;
-    const int64_t runs = SAMPLE / run, stride = n / runs;
-    const auto offsets = static_cast<uint32_t>(stride - run + 1);
-    int64_t begin[SAMPLE];
-    uint32_t jitter = 1;  // against scores that repeat with the stride
     int64_t count = 0;
-    for (int64_t i = 0; i < runs; ++i) {
-      jitter = jitter * 1664525u + 1013904223u;
-      begin[i] = i * stride + static_cast<int64_t>((jitter >> 8) % offsets);
-      __builtin_prefetch(x + begin[i], 0, 3);
-    }
-    for (int64_t i = 0; i < runs; ++i) {
-      for (int64_t j = begin[i]; j < begin[i] + run; ++j) {
-        value_[static_cast<size_t>(count)] = x[j];
-        count += x[j] >= LOWEST;
+    for (int64_t i = 0; i < SAMPLE / run; ++i) {
+      const float* from = x + place(i, SAMPLE / run, n, run);
+      for (int64_t j = 0; j < run; ++j) {
+        value_[static_cast<size_t>(count)] = from[j];
+        count += from[j] >= LOWEST;
       }
     }
     return count < rank ? LOWEST : select(value_.data(), count, rank).value;
@@ -245,21 +260,28 @@ void top_k(const TopKArgs& a) {
     if (a.k[r] > a.listed) throw std::invalid_argument("top_k: a k exceeds the list");
     work += a.lengths[r];
   }
-  const auto run = [&a](int64_t r) {
+  std::atomic<int64_t> rows{0};
+  // Each thread takes a row and knows the one that it will take then.
+  const auto run = [&a, &rows] {
     static thread_local Selector selector;  // its buffers outlive the call: they are as long as a row
-    int32_t* to = a.indices + r * a.listed;
-    const int64_t count = selector.run(a.scores + r * a.row_stride, a.lengths[r], a.k[r], to);
-    std::fill(to + count, to + a.listed, -1);
-    a.counts[r] = static_cast<int32_t>(count);
+    for (int64_t r = rows++, next; r < a.rows; r = next) {
+      next = rows++;
+      const bool more = next < a.rows;
+      int32_t* to = a.indices + r * a.listed;
+      const int64_t count = selector.run(a.scores + r * a.row_stride, a.lengths[r], a.k[r], to,
+                                         more ? a.scores + next * a.row_stride : nullptr, more ? a.lengths[next] : 0);
+      std::fill(to + count, to + a.listed, -1);
+      a.counts[r] = static_cast<int32_t>(count);
+    }
   };
 #ifdef _OPENMP
   if (a.rows > 1 && work * 4 >= SERIAL_BYTES && !omp_in_parallel()) {
-#pragma omp parallel for schedule(dynamic, 1)
-    for (int64_t r = 0; r < a.rows; ++r) run(r);
+#pragma omp parallel
+    run();
     return;
   }
 #endif
-  for (int64_t r = 0; r < a.rows; ++r) run(r);
+  run();
 }
 
 }  // namespace
