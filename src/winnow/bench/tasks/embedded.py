@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from winnow.bench.tasks.example import Example, Join, Turn
 from winnow.bench.tasks.task import Draft, Maker, Request
@@ -35,6 +35,7 @@ def wrap(task: documents.Task) -> Maker:
             facts=knobs.get("facts", 32),
             hops=knobs.get("hops", 1),
             shots=knobs.get("shots", 1),
+            contexts=knobs.get("contexts", 4),
         )
         turns = tuple(
             Turn(
@@ -80,12 +81,34 @@ def _label(context: str, noun: str) -> str:
     return str(label)
 
 
+def _string(context: str, ends: str) -> str:
+    first, last = ends.split("...")
+    return _find(rf"string ({first}\S+{last})", context)
+
+
+def _extreme(best: Callable[[Iterable[int]], int]) -> Callable[[str, str], str]:
+    return lambda context, series: str(
+        best(map(int, re.findall(rf"^{series} (\d+)$", context, re.MULTILINE)))
+    )
+
+
+def _within(context: str, asked: str) -> str:
+    name, key = asked.split(" key ")
+    _, section = f"\n{context}".split(f"\ncontext {name}\n")
+    section, *_ = section.split("\ncontext ")
+    return _key(section, key)
+
+
 #: opening of a question, and how the rest is answered from the context
 READERS: dict[str, Callable[[str, str], str]] = {
     "key ": _key,
     "the code of ": _code,
     "set ": _variable,
     "label ": _label,
+    "string ": _string,
+    "largest ": _extreme(max),
+    "smallest ": _extreme(min),
+    "context ": _within,
 }
 
 

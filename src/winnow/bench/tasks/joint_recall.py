@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 
+from winnow.bench.tasks.embedded import read_document, wrap
 from winnow.bench.tasks.example import Example, Join, Turn
 from winnow.bench.tasks.task import Draft, Request, Task
 from winnow.bench.tasks.text.fit import allowance, fit, joined, shuffled, spread
@@ -94,5 +95,7 @@ TASK = Task(
     about="the value of a key within a named context",
     text=write,
     text_knobs={"keys": 8, "scattered": 0},
-    oracles={"text": read},
+    embedded=wrap("joint-recall"),
+    embedded_knobs={"facts": 32, "contexts": 4},
+    oracles={"text": read, "embedded": read_document},
 )

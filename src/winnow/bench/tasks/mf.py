@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 
+from winnow.bench.tasks.embedded import read_document, wrap
 from winnow.bench.tasks.example import Example, Join, Turn
 from winnow.bench.tasks.task import Draft, Request, Task
 from winnow.bench.tasks.text.fit import allowance, fit
@@ -73,5 +74,7 @@ TASK = Task(
     about="largest, smallest, median (and the next ones) of a list of integers",
     text=write,
     text_knobs={"digits": 5},
-    oracles={"text": read},
+    embedded=wrap("extrema"),
+    embedded_knobs={"facts": 32},
+    oracles={"text": read, "embedded": read_document},
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from winnow.bench.tasks.embedded import read_document, wrap
 from winnow.bench.tasks.example import Example, Join, Turn
 from winnow.bench.tasks.task import Draft, Request, Task
 from winnow.bench.tasks.text.fit import allowance, fit, joined, shuffled, spread
@@ -72,5 +73,7 @@ TASK = Task(
     about="the string in a list that starts and ends as given",
     text=write,
     text_knobs={"size": 48, "affix": 8, "near": 1},
-    oracles={"text": read},
+    embedded=wrap("prefix-suffix"),
+    embedded_knobs={"facts": 32},
+    oracles={"text": read, "embedded": read_document},
 )

@@ -1,8 +1,8 @@
 """Question answering over a chronicle: in English, by choice, and in Chinese.
 
-SCBench's En.QA, En.MultiChoice and Zh.QA.  SCBench asks about novels that a model may have read; a generated chronicle has never been read.
-Questions put a fact in other words than the text, and with ``hops=2`` describe the person by
-another fact.
+SCBench's En.QA, En.MultiChoice and Zh.QA ask about novels that a model may have read; a generated
+chronicle has never been read.  Questions put a fact in other words than the text, and with
+``hops=2`` describe the person by another fact.
 """
 
 from __future__ import annotations

@@ -9,6 +9,8 @@ from winnow.bench.tasks.example import Category, Example, Form, Join, Turn
 
 __all__ = ["Count", "Draft", "Request", "Task"]
 
+#: tokens of an example; the vocabularies of names are large enough for these
+LENGTHS = range(256, 2**20 + 1)
 #: tokens of a text in the user's tokenizer
 Count = Callable[[str], int]
 
@@ -123,6 +125,8 @@ class Task:
             raise ValueError(f"task {self.name} has no knob {unknown[0]!r}; its {form} knobs: {known}")
         if not (0 <= seed < 1000 and 0 <= number < 1000):
             raise ValueError(f"seed and number must lie in 0..999, not {seed} and {number}")
+        if length not in LENGTHS:
+            raise ValueError(f"examples have {LENGTHS[0]} to {LENGTHS[-1]} tokens, not {length}")
         wanted = self.turns if turns is None else turns
         if wanted < 1:
             raise ValueError(f"an example needs at least one turn, not {wanted}")

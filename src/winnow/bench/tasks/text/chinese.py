@@ -7,8 +7,7 @@ from __future__ import annotations
 
 from winnow.bench.tasks.example import Join
 from winnow.bench.tasks.text.chronicle import Language, Relation
-from winnow.bench.tasks.text.names import CHINESE_GIVEN, CHINESE_PLACES, CHINESE_SURNAMES, listed
-from winnow.models.embedded.dice import Dice
+from winnow.bench.tasks.text.names import CHINESE_PEOPLE, CHINESE_PLACES, CHINESE_SURNAMES, listed
 
 __all__ = ["CHINESE", "CHINESE_JOIN"]
 
@@ -22,11 +21,6 @@ CHINESE_JOIN = Join(
 TRADES = listed("铁匠 木匠 石匠 裁缝 厨师 医生 渔夫 猎人 画家 陶工 船夫 书商 药商 茶农 教师 乐师")
 THINGS = listed("石桥 粮仓 书院 灯塔 水井 医馆 戏台 城墙 磨坊 驿站")
 GOODS = listed("匹布 袋米 坛酒 头羊 块砖 支蜡烛 本书 斤茶叶")
-
-
-def _name(dice: Dice) -> str:
-    return dice.pick(CHINESE_SURNAMES) + dice.pick(CHINESE_GIVEN)
-
 
 CHINESE = Language(
     relations={
@@ -68,7 +62,7 @@ CHINESE = Language(
         ),
     },
     described="{year}年建造{place}{thing}的人",
-    person=_name,
+    people=CHINESE_PEOPLE,
     values={
         "place": lambda dice: dice.pick(CHINESE_PLACES),
         "other": lambda dice: dice.pick(CHINESE_PLACES),
@@ -77,10 +71,10 @@ CHINESE = Language(
         "year": lambda dice: str(1100 + dice.below(600)),
         "number": lambda dice: str(12 + dice.below(880)),
         "goods": lambda dice: dice.pick(GOODS),
-        "person": _name,
+        "person": lambda dice: dice.pick(CHINESE_PEOPLE),
     },
     patterns={
-        "person": rf"[{''.join(CHINESE_SURNAMES)}]\w\w",
+        "person": rf"[{CHINESE_SURNAMES}]\w\w",
         "place": r"\w\w",
         "other": r"\w\w",
         "trade": "|".join(TRADES),

@@ -7,12 +7,12 @@ two hops out of one of one hop.  The oracle reads the same templates backwards.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from functools import lru_cache
 
 from winnow.bench.tasks.text.fit import shuffled
-from winnow.bench.tasks.text.templates import read_slots
+from winnow.bench.tasks.text.templates import compiled, read_slots
 from winnow.models.embedded.dice import Dice
 
 __all__ = ["Fact", "Language", "Query", "Relation", "answer", "query", "tell"]
@@ -39,7 +39,7 @@ class Relation:
     wanted: str
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Language:
     """Templates and vocabulary of a chronicle.
 
@@ -48,8 +48,8 @@ class Language:
     relations : mapping of str to Relation
     described : str
         Noun phrase for a person by the slots of the relation ``built``.
-    person : callable
-        From dice to a name; the maker sees to it that no name occurs twice.
+    people : tuple of str
+        Names; none is used for two people.
     values : mapping of str to callable
         From dice to the text of a slot.
     patterns : mapping of str to str
@@ -62,7 +62,7 @@ class Language:
 
     relations: Mapping[str, Relation]
     described: str
-    person: Callable[[Dice], str]
+    people: tuple[str, ...]
     values: Mapping[str, Callable[[Dice], str]]
     patterns: Mapping[str, str]
     sentence: str
@@ -80,17 +80,9 @@ class Query:
     slot: str
 
 
-def _people(dice: Dice, language: Language) -> Iterator[str]:
-    seen: set[str] = set()
-    while True:
-        name = language.person(dice)
-        if name not in seen:
-            seen.add(name)
-            yield name
-
-
 def _fact(dice: Dice, language: Language, relation: str, person: str) -> dict[str, str]:
-    slots = (slot for slot in language.values if f"{{{slot}}}" in language.relations[relation].told[0])
+    told = language.relations[relation].told[0]
+    slots = [slot for slot in language.values if slot != "person" and f"{{{slot}}}" in told]
     return {"relation": relation, "person": person} | {slot: language.values[slot](dice) for slot in slots}
 
 
@@ -102,7 +94,10 @@ def tell(dice: Dice, language: Language, n: int) -> tuple[list[Fact], list[str]]
     """
     facts: list[Fact] = []
     built: set[tuple[str, ...]] = set()
-    for person in islice(_people(dice, language), -(-n // len(language.relations))):
+    persons = -(-n // len(language.relations))
+    if persons > len(language.people):
+        raise ValueError(f"a chronicle of {n} facts needs {persons} names, of {len(language.people)}")
+    for person in dice.sample(language.people, persons):
         for relation in language.relations:
             fact = _fact(dice, language, relation, person)
             while relation == "built" and _work(fact) in built:
@@ -153,7 +148,7 @@ def query(
 
 def answer(language: Language, context: str, question: str) -> str:
     """Read the chronicle and answer a question about it."""
-    facts = list(_read(language, context))
+    facts = _read(language, context)
     for name, relation in language.relations.items():
         known = read_slots(relation.asked, question, {**language.patterns, "person": ".+?"})
         if known is None:
@@ -172,13 +167,22 @@ def _only(facts: Sequence[Fact], relation: str, known: Fact) -> Fact:
     return fact
 
 
-def _read(language: Language, context: str) -> Iterator[Fact]:
-    """All facts that the sentences of a context tell; other sentences are passed over."""
+@lru_cache(maxsize=1)
+def _read(language: Language, context: str) -> tuple[Fact, ...]:
+    """All facts that the sentences of a context tell; other sentences are passed over.
+
+    The last context is remembered, since all turns ask about the same one.
+    """
+    readers = [
+        (name, compiled(told, language.patterns))
+        for name, relation in language.relations.items()
+        for told in relation.told
+    ]
+    facts: list[Fact] = []
     text = context.replace(language.paragraph, language.sentence)
     for sentence in text.split(language.stop + language.sentence):
         whole = sentence.removesuffix(language.stop) + language.stop
-        for name, relation in language.relations.items():
-            for told in relation.told:
-                slots = read_slots(told, whole, language.patterns)
-                if slots is not None:
-                    yield {"relation": name, **slots}
+        for name, reader in readers:
+            if found := reader.fullmatch(whole):
+                facts.append({"relation": name, **found.groupdict()})
+    return tuple(facts)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from winnow.bench.tasks.text.chronicle import Language, Relation
-from winnow.bench.tasks.text.names import ENGLISH_FAMILY, ENGLISH_GIVEN, ENGLISH_TOWNS, listed
-from winnow.models.embedded.dice import Dice
+from winnow.bench.tasks.text.names import ENGLISH_PEOPLE, ENGLISH_TOWNS, listed
 
 __all__ = ["ENGLISH"]
 
@@ -14,11 +13,6 @@ TRADES = listed(
 )
 THINGS = listed("bridge chapel granary hospital library lighthouse mill school tower well")
 GOODS = listed("barrels of salt|bolts of linen|jars of honey|sacks of barley|sheep|oxen|bricks|candles", "|")
-
-
-def _name(dice: Dice) -> str:
-    return f"{dice.pick(ENGLISH_GIVEN)} {dice.pick(ENGLISH_FAMILY)}"
-
 
 ENGLISH = Language(
     relations={
@@ -67,7 +61,7 @@ ENGLISH = Language(
         ),
     },
     described="the person who built the {thing} of {place} in the year {year}",
-    person=_name,
+    people=ENGLISH_PEOPLE,
     values={
         "place": lambda dice: dice.pick(ENGLISH_TOWNS),
         "other": lambda dice: dice.pick(ENGLISH_TOWNS),
@@ -76,7 +70,7 @@ ENGLISH = Language(
         "year": lambda dice: str(1100 + dice.below(600)),
         "number": lambda dice: str(12 + dice.below(880)),
         "goods": lambda dice: dice.pick(GOODS),
-        "person": _name,
+        "person": lambda dice: dice.pick(ENGLISH_PEOPLE),
     },
     patterns={
         "person": r"[A-Z]\w+ [A-Z]\w+",

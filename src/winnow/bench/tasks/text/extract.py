@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
+from winnow.bench.scorers import similarity
 from winnow.bench.tasks.text.source_code import CORPUS, Function
 
 #: characters of the source; functions outside are too small to describe or too large to repeat
@@ -22,7 +23,9 @@ SIZES = range(160, 1400)
 #: characters of a description's first paragraph
 DESCRIPTIONS = range(50, 400)
 #: every module gives at most that many, so that no style dominates
-PER_MODULE = 7
+PER_MODULE = 8
+#: of two functions as similar as that only the first is kept: a description could mean either
+TWINS = 0.75
 
 
 def _functions(path: Path) -> Iterator[Function]:
@@ -69,7 +72,9 @@ def main() -> None:
     taken: Counter[str] = Counter()
     for function in found:
         alone = names[function.name] == 1 and texts[function.description] == 1
-        if alone and _wanted(function) and taken[function.module] < PER_MODULE:
+        if not (alone and _wanted(function) and taken[function.module] < PER_MODULE):
+            continue
+        if all(similarity(function.code, other.code) < TWINS for other in kept):
             taken[function.module] += 1
             kept.append(function)
     CORPUS.write_text("".join(json.dumps(vars(function)) + "\n" for function in kept), encoding="ascii")

@@ -13,12 +13,14 @@ __all__ = ["allowance", "fit", "joined", "shuffled", "spread"]
 #: a model may wrap its answer into this many tokens of talk
 TALK = 24
 TOLERANCE = 0.05
+#: a text of that part of the length is not fitted further
+ENOUGH = 0.995
 
 
 def fit(request: Request, build: Callable[[int], Draft], *, least: int) -> Draft:
     """Find the number of units whose opening has as many tokens as asked for.
 
-    Tokens are close to linear in units, so a secant finds the number in a few builds, each linear
+    Tokens are close to linear in units, so the slope finds the number in a few builds, each linear
     in the length; the growing text is not tokenised unit by unit.
 
     Parameters
@@ -49,23 +51,20 @@ def fit(request: Request, build: Callable[[int], Draft], *, least: int) -> Draft
             tokens[units] = request.count(drafts[units].join.open(drafts[units].context))
         return tokens[units]
 
-    low, high = least, 2 * least + 16
-    if measure(low) > request.length:
+    if measure(least) > request.length:
         raise ValueError(
             f"{request.length} tokens cannot hold {request.turns} turns of this difficulty "
-            f"({measure(low)} tokens at least); ask for more tokens, fewer turns or easier knobs"
+            f"({measure(least)} tokens at least); ask for more tokens, fewer turns or easier knobs"
         )
-    for _ in range(24):
-        slope = (measure(high) - measure(low)) / (high - low)
-        # A little below the length: the last steps then grow from a text that fits.
-        target = request.length - slope / 2
-        guess = high + round((target - measure(high)) / max(slope, 1e-9)) if slope > 0 else 2 * high
-        guess = max(least, min(guess, 64 * high))
-        if guess in tokens:
+    units = 2 * least + 16
+    for _ in range(16):
+        if units in tokens or ENOUGH * request.length <= measure(units) <= request.length:
             break
-        low, high = high, guess
-        if low == high:
-            break
+        # The chord from the shortest text: neighbouring numbers of units differ by chance, too.
+        slope = max(1e-3, (measure(units) - measure(least)) / (units - least))
+        # A unit below the length, and by steps, since short texts are a rough guide to long ones.
+        wanted = units + round((request.length - measure(units)) / slope - 0.5)
+        units = max(least, min(wanted, 8 * units))
     fitting = [units for units, size in tokens.items() if size <= request.length]
     best = max(fitting, key=lambda units: tokens[units])
     if tokens[best] < (1 - TOLERANCE) * request.length:

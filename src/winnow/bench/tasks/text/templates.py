@@ -6,7 +6,12 @@ import re
 from collections.abc import Mapping
 from functools import cache
 
-__all__ = ["read_slots"]
+__all__ = ["compiled", "read_slots"]
+
+
+def compiled(template: str, patterns: Mapping[str, str]) -> re.Pattern[str]:
+    """The regular expression that reads what a template wrote; see `read_slots`."""
+    return _compiled(template, tuple(sorted(patterns.items())))
 
 
 @cache
@@ -36,5 +41,5 @@ def read_slots(template: str, text: str, patterns: Mapping[str, str] | None = No
     dict or None
         The slots' texts, or None if the template did not write this.
     """
-    found = _compiled(template, tuple(sorted((patterns or {}).items()))).fullmatch(text)
+    found = compiled(template, patterns or {}).fullmatch(text)
     return None if found is None else found.groupdict()
