@@ -12,7 +12,7 @@ from winnow.kernels.merge import merge
 from winnow.kernels.prefill import prefill
 from winnow.store import EncodedSegment, SequenceStore
 from winnow.store.codecs import CODECS, ENTRIES, bytes_per_entry, codec_named
-from winnow.types import AttentionSpec, Dense, Plan, Segment, Selection
+from winnow.types import AttentionSpec, Demotion, Dense, Plan, Segment, Selection
 
 QUANTISED = ["int8", "int4", "int2"]
 HEADS = 2
@@ -32,7 +32,7 @@ def demoted(
     store = SequenceStore(layers=1, heads=HEADS, head_dim=d, dtype=dtype, capacity=n + 100)
     store.append(0, k, v, torch.arange(n))
     store.advance(n)
-    store.apply(0, Plan(codec=codec, demote=n // ENTRIES * ENTRIES, **plan))
+    store.apply(0, Plan(demote=(Demotion(oldest=n // ENTRIES * ENTRIES, codec=codec, **plan),)))
     return store
 
 
@@ -97,7 +97,7 @@ def test_encoded_pages_are_never_decoded_and_encoded_again_by_moves(codec: str) 
     n = 4 * ENTRIES
     with demoted(codec, n) as store:
         before = store.decoded(0)
-        store.apply(0, Plan(demote=2 * ENTRIES, tier="disk"))
+        store.apply(0, Plan(demote=(Demotion(oldest=2 * ENTRIES, tier="disk"),)))
         assert [(s.codec, s.tier) for s in store.segments(0)] == [(codec, "disk"), (codec, "host")]
         after = store.decoded(0)
         assert torch.equal(before.k, after.k)
@@ -109,8 +109,8 @@ def test_encoded_pages_are_never_decoded_and_encoded_again_by_moves(codec: str) 
 def test_hierarchy_of_codecs_by_age_and_no_promotion() -> None:
     n = 6 * ENTRIES + 10
     with demoted("int8", n) as store:
-        store.apply(0, Plan(codec="int4", demote=2 * ENTRIES))
-        store.apply(0, Plan(codec="int2", demote=1 * ENTRIES, tier="disk"))
+        store.apply(0, Plan(demote=(Demotion(oldest=2 * ENTRIES, codec="int4"),)))
+        store.apply(0, Plan(demote=(Demotion(oldest=1 * ENTRIES, codec="int2", tier="disk"),)))
         forms = [(s.codec, s.tier, s.lengths.tolist()) for s in store.segments(0)]
         assert forms == [
             ("int2", "disk", [64, 64]),
@@ -119,8 +119,8 @@ def test_hierarchy_of_codecs_by_age_and_no_promotion() -> None:
             ("raw", "host", [10, 10]),
         ]
         # Lower ones stay what they are.
-        store.apply(0, Plan(codec="int8", demote=6 * ENTRIES))
-        store.apply(0, Plan(tier="host", demote=6 * ENTRIES))
+        store.apply(0, Plan(demote=(Demotion(oldest=6 * ENTRIES, codec="int8"),)))
+        store.apply(0, Plan(demote=(Demotion(oldest=6 * ENTRIES, tier="host"),)))
         assert forms == [(s.codec, s.tier, s.lengths.tolist()) for s in store.segments(0)]
         for segment in store.segments(0):
             assert segment.start == int(segment.positions_of(0)[0])
@@ -182,7 +182,7 @@ def test_int2_refuses_a_head_size_that_fills_no_bytes() -> None:
         store.append(0, k, k, torch.arange(128))
         store.advance(128)
         with pytest.raises(ValueError, match="do not fill bytes"):
-            store.apply(0, Plan(codec="int2", demote=64))
+            store.apply(0, Plan(demote=(Demotion(oldest=64, codec="int2"),)))
         assert torch.equal(store.segments(0)[0].k[0, :128], k[:, 0])
 
 

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from winnow.store import SequenceStore, StoreFileError, files
-from winnow.types import Plan
+from winnow.types import Demotion, Plan
 
 HEADER = {"model": "m1", "recipe": "r1", "tokens": [3, 1, 2]}
 
@@ -46,7 +46,7 @@ def test_ragged_entries_and_demoted_ones_come_back(tmp_path: Path) -> None:
     path = tmp_path / "s.kv"
     with filled() as store:
         store.apply(0, Plan(keep=(torch.arange(0, 200, 3), torch.arange(100))))
-        store.apply(1, Plan(demote=128, tier="disk"))
+        store.apply(1, Plan(demote=(Demotion(oldest=128, tier="disk"),)))
         files.save(store, path, HEADER)
         again, header = files.load(path, {"model": "m1", "recipe": "r1"})
         with again:

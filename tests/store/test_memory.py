@@ -16,7 +16,7 @@ import torch
 
 from winnow.store import SequenceStore
 from winnow.store.arena import PAGE, DiskArena, HostArena, open_arena
-from winnow.types import Plan
+from winnow.types import Demotion, Plan
 
 LAYERS, HEADS, D = 4, 4, 64
 ENTRY = 2 * D * 2  # bytes of K and V in bfloat16
@@ -73,10 +73,10 @@ def test_bytes_follow_the_process_through_the_life_of_a_sequence(tmp_path: Path)
         assert total(store) <= 0.5 * exact + tokens * LAYERS * HEADS * 2 + HEADS * LAYERS * 3 * PAGE
         close_to(total(store))
         for layer in range(LAYERS):
-            store.apply(layer, Plan(codec="int4", demote=2048))
+            store.apply(layer, Plan(demote=(Demotion(oldest=2048, codec="int4"),)))
         close_to(total(store))
         for layer in range(LAYERS):
-            store.apply(layer, Plan(demote=4096, tier="disk"))
+            store.apply(layer, Plan(demote=(Demotion(oldest=4096, tier="disk"),)))
         held = store.bytes()
         assert held[("disk", "int4")] > 0
         assert held[("disk", "raw")] > 0
@@ -137,7 +137,10 @@ def test_positions_exist_only_after_an_eviction() -> None:
         assert store.segments(0)[0].positions is None
         store.apply(0, Plan(keep=(torch.arange(50),) * HEADS))  # the front: still consecutive
         assert store.segments(0)[0].positions is None
-        store.apply(0, Plan(keep=(torch.arange(10, 50),) * HEADS))
+        store.apply(0, Plan(keep=(torch.arange(10, 50),) * HEADS))  # the end of it too
+        assert store.segments(0)[0].positions is None
+        assert store.segments(0)[0].start == 10
+        store.apply(0, Plan(keep=(torch.arange(0, 40, 2),) * HEADS))
         assert store.segments(0)[0].positions is not None
 
 
@@ -170,7 +173,7 @@ def test_a_plan_that_does_not_fit_changes_nothing(keep: tuple[torch.Tensor, ...]
         with pytest.raises(ValueError, match=said):
             store.apply(0, Plan(keep=keep))
         with pytest.raises(ValueError, match="multiple of 64"):
-            store.apply(0, Plan(codec="int8", demote=10))
+            store.apply(0, Plan(demote=(Demotion(oldest=10, codec="int8"),)))
         assert store.segments(0)[0] is before
 
 
@@ -246,9 +249,9 @@ def refuses_and_is_unchanged(store: SequenceStore, plan: Plan) -> None:
 def test_a_full_disk_leaves_the_store_unchanged(small_disk: Path) -> None:
     with new_store(directory=small_disk) as store:
         fill(store, 2000)
-        store.apply(0, Plan(demote=64, tier="disk"))  # 64 KiB fit, 1 MiB does not
-        refuses_and_is_unchanged(store, Plan(demote=1024, tier="disk"))
-        store.apply(0, Plan(demote=128, tier="disk"))
+        store.apply(0, Plan(demote=(Demotion(oldest=64, tier="disk"),)))  # 64 KiB fit, 1 MiB does not
+        refuses_and_is_unchanged(store, Plan(demote=(Demotion(oldest=1024, tier="disk"),)))
+        store.apply(0, Plan(demote=(Demotion(oldest=128, tier="disk"),)))
         assert store.bytes()[("disk", "raw")] == 128 * HEADS * ENTRY
 
 
@@ -268,7 +271,7 @@ def test_space_that_runs_out_half_way_leaves_the_store_unchanged(
         fill(store, 300)
         store.apply(0, Plan(keep=tuple(torch.arange(h, 300) for h in range(HEADS))))
         monkeypatch.setattr(os, "posix_fallocate", limited)
-        refuses_and_is_unchanged(store, Plan(demote=128, codec="int8", tier="disk"))
+        refuses_and_is_unchanged(store, Plan(demote=(Demotion(oldest=128, codec="int8", tier="disk"),)))
 
 
 @pytest.mark.parametrize("place", ["file/below", "missing", "/proc"])
@@ -276,7 +279,7 @@ def test_a_directory_that_cannot_be_written_is_said(tmp_path: Path, place: str) 
     (tmp_path / "file").write_text("a file is no directory")
     with new_store(directory=tmp_path / place) as store:
         fill(store, 128)
-        refuses_and_is_unchanged(store, Plan(demote=64, tier="disk"))
+        refuses_and_is_unchanged(store, Plan(demote=(Demotion(oldest=64, tier="disk"),)))
 
 
 def test_a_limit_on_file_sizes_is_said(tmp_path: Path) -> None:
@@ -285,7 +288,7 @@ def test_a_limit_on_file_sizes_is_said(tmp_path: Path) -> None:
         fill(store, 128)
         resource.setrlimit(resource.RLIMIT_FSIZE, (8192, hard))
         try:
-            refuses_and_is_unchanged(store, Plan(demote=64, tier="disk"))
+            refuses_and_is_unchanged(store, Plan(demote=(Demotion(oldest=64, tier="disk"),)))
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
@@ -297,7 +300,7 @@ def test_disk_files_have_no_name_and_go_with_the_store(tmp_path: Path) -> None:
     before = descriptors()
     with new_store(directory=tmp_path) as store:
         fill(store, 128)
-        store.apply(0, Plan(demote=128, tier="disk"))
+        store.apply(0, Plan(demote=(Demotion(oldest=128, tier="disk"),)))
         assert os.listdir(tmp_path) == []
         assert descriptors() > before
     assert descriptors() == before

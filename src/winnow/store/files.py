@@ -26,15 +26,16 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
-from winnow.store.codecs import CODECS, EncodedSegment, Plane, codec_named
+from winnow.store.codecs import ENTRIES, Plane, codec_named, is_codec
+from winnow.store.form import StoredRows, stored_rows
 from winnow.store.run import Run
 from winnow.store.sequence import SequenceStore
-from winnow.types import Segment
 
 __all__ = ["StoreFileError", "load", "read_header", "save"]
 
 MAGIC = b"WINNOWKV"
-VERSION = 1
+VERSION = 2
+_READABLE = (1, 2)
 _HEAD = struct.Struct("<8sIQI")
 _ALIGN = 64
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -125,22 +126,17 @@ def _index(store: SequenceStore, header: Mapping[str, Any]) -> tuple[bytes, list
     for layer in range(store.layers):
         of_layer = []
         for segment in store.segments(layer):
-            lengths: list[int] = segment.lengths.tolist()
-            planes = codec_named(segment.codec).planes(store.shape.head_dim, store.shape.dtype)
-            positions = segment.positions
+            stored = stored_rows(segment)
             of_layer.append(
                 {
                     "codec": segment.codec,
                     "tier": segment.tier,
-                    "start": segment.start,
-                    "lengths": lengths,
-                    "planes": [
-                        add([rows[head, : n // plane.entries] for head, n in enumerate(lengths)])
-                        for rows, plane in zip(_rows(segment), planes, strict=True)
-                    ],
-                    "positions": None
-                    if positions is None
-                    else add([positions[head, :n] for head, n in enumerate(lengths)]),
+                    "start": stored.start,
+                    "lengths": stored.lengths,
+                    "planes": [add(parts) for parts in stored.planes],
+                    "positions": None if stored.positions is None else add(stored.positions),
+                    "bias": None if stored.bias is None else add(stored.bias),
+                    "batches": None if stored.batches is None else add(stored.batches),
                 }
             )
         runs.append(of_layer)
@@ -160,10 +156,6 @@ def _index(store: SequenceStore, header: Mapping[str, Any]) -> tuple[bytes, list
         "bytes": end,
     }
     return json.dumps(index, separators=(",", ":")).encode(), tensors
-
-
-def _rows(segment: Segment | EncodedSegment) -> tuple[Tensor, ...]:
-    return segment.rows if isinstance(segment, EncodedSegment) else (segment.k, segment.v)
 
 
 # --------------------------------------------------------------------------- reading
@@ -271,37 +263,60 @@ def _fill_run(
     record: dict[str, Any],
 ) -> None:
     shape, lengths = store.shape, record["lengths"]
-    if record["codec"] not in CODECS:
+    if not is_codec(record["codec"]):
         raise StoreFileError(
             f"{path} holds entries in an unknown codec {record['codec']!r}; "
             "read it with the version that wrote it"
         )
     if record["tier"] not in ("device", "host", "disk"):
         raise _damaged(path, f"it names an unknown tier {record['tier']!r}")
-    planes = codec_named(record["codec"]).planes(shape.head_dim, shape.dtype)
+    codec = codec_named(record["codec"])
+    planes = codec.planes(shape.head_dim, shape.dtype)
+    once = any(plane.once for plane in planes)
+    page = 1 if codec.name == "raw" else ENTRIES
     sound = len(lengths) == shape.heads and len(record["planes"]) == len(planes)
-    pages = max(plane.entries for plane in planes)
-    if not sound or any(not 0 <= n <= shape.capacity or n % pages for n in lengths):
+    if not sound or any(not 0 <= n <= shape.capacity or n % page for n in lengths):
         raise _damaged(path, f"a run of layer {layer} has impossible lengths")
 
-    def read(number: int, plane: Plane) -> list[Tensor]:
-        counts = [n // plane.entries for n in lengths]
+    def read(number: int, plane: Plane, counts: list[int]) -> list[Tensor]:
         entry, size = tensors[number], sum(counts) * plane.width * plane.dtype.itemsize
         if entry["bytes"] != size or entry["offset"] < 0:
             raise _damaged(path, f"a tensor of layer {layer} has the wrong size")
         tensor = _read_tensor(file, path, base, entry)
         return list(torch.split(tensor.view(plane.dtype).view(-1, plane.width), counts))
 
-    rows = [read(number, plane) for number, plane in zip(record["planes"], planes, strict=True)]
-    positions = None
-    if record["positions"] is not None:
-        table = Plane(name="positions", dtype=torch.int32, width=1)
-        positions = [part[:, 0] for part in read(record["positions"], table)]
-        if any(len(p) and (int(p[0]) < 0 or bool((p.diff() <= 0).any())) for p in positions):
-            raise _damaged(path, f"positions of layer {layer} do not ascend")
+    def read_side(name: str, dtype: torch.dtype, entries: int = 1) -> list[Tensor] | None:
+        # Files of version 1 have positions alone.
+        if record.get(name) is None:
+            return None
+        table = Plane(name=name, dtype=dtype, width=1)
+        return [part[:, 0] for part in read(record[name], table, [n // entries for n in lengths])]
+
+    positions = read_side("positions", torch.int32)
+    if any(len(p) and (int(p[0]) < 0 or bool((p.diff() <= 0).any())) for p in positions or ()):
+        raise _damaged(path, f"positions of layer {layer} do not ascend")
+    batches = read_side("batches", torch.int32, ENTRIES)
+    pages = -(-shape.capacity // ENTRIES)
+    if once != (batches is not None) or any(
+        len(b) and not 0 <= int(b.min()) <= int(b.max()) <= pages for b in batches or ()
+    ):
+        raise _damaged(path, f"the shared rows of layer {layer} do not fit its pages")
+    used = [int(b.max()) + 1 if len(b) else 0 for b in batches or ()]
+    stored = StoredRows(
+        planes=[
+            read(number, plane, used if plane.once else [n // plane.entries for n in lengths])
+            for number, plane in zip(record["planes"], planes, strict=True)
+        ],
+        lengths=lengths,
+        start=int(record["start"]),
+        positions=positions,
+        bias=read_side("bias", torch.float32),
+        batches=batches,
+    )
     tier = record["tier"] if record["tier"] == "disk" else shape.tier
-    run: Run = store.restored_run(layer, record["codec"], tier)
-    run.restore(rows, lengths, int(record["start"]), positions)
+    plain = positions is None and stored.bias is None and min(lengths) == max(lengths)
+    run: Run = store.restored_run(layer, record["codec"], tier, stored.start if plain else None)
+    run.restore(stored)
 
 
 def _read_index(file: IO[bytes], path: Path) -> tuple[dict[str, Any], int]:
@@ -309,7 +324,7 @@ def _read_index(file: IO[bytes], path: Path) -> tuple[dict[str, Any], int]:
     if len(head) < _HEAD.size or head[:8] != MAGIC:
         raise StoreFileError(f"{path} is not a saved sequence; name a file that session.save wrote")
     _, version, length, crc = _HEAD.unpack(head)
-    if version != VERSION:
+    if version not in _READABLE:
         raise StoreFileError(
             f"{path} has format version {version}, this is version {VERSION}; "
             "read it with the version that wrote it"

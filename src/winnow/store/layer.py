@@ -1,30 +1,29 @@
-"""One layer of a sequence: runs in ascending position, and how a plan is carried out on them."""
+"""One layer of a sequence: its runs, and how a plan is carried out on them.
+
+Entries ascend within a run; the positions of two runs may interleave. Plans number the entries of a
+head in ascending position, over all runs.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
+from winnow.store.check import check_plan
 from winnow.store.codecs import ENTRIES, EncodedSegment, bytes_per_entry, codec_named
+from winnow.store.form import stored_rows
+from winnow.store.picks import Picks, Piece, between, is_all, lead, others, stretch
 from winnow.store.run import Run, Shape, SharedRun
-from winnow.types import Plan, Segment, Tier
+from winnow.types import Demotion, Plan, Rewrite, Segment, Tier
 
 __all__ = ["Layer"]
 
 _LOWER: tuple[Tier, ...] = ("disk", "host", "device")
-Piece = tuple[Tensor, Tensor, Tensor]  # K [n, D], V [n, D], positions [n]
-
-
-@dataclass(frozen=True)
-class _Move:
-    """The oldest ``take[h]`` entries of a run go to a codec and tier."""
-
-    run: Run | SharedRun
-    take: list[int]
-    kind: tuple[str, Tier]
+_SPLIT = 4  # a suffix this many times longer than what stays before it becomes a run of its own
+Kind = tuple[str, Tier]
 
 
 class Layer:
@@ -57,7 +56,7 @@ class Layer:
         self._segments = None
 
     def segments(self) -> tuple[Segment | EncodedSegment, ...]:
-        """The runs that hold something, oldest first."""
+        """The runs that hold something, by their oldest entry; the tail is the last."""
         if self._segments is None:
             self._segments = tuple(run.segment() for run in self._runs() if max(run.lengths))
         return self._segments
@@ -67,25 +66,34 @@ class Layer:
         return [sum(of_head) for of_head in zip(*(run.lengths for run in self._runs()), strict=True)]
 
     def decoded(self) -> Segment:
-        """Everything in one decoded segment; without a copy where it is one raw segment already."""
+        """Everything in one decoded segment, in ascending position; no copy where it is one raw segment."""
         segments = self.segments()
         if len(segments) <= 1:
             segment = segments[0] if segments else self.tail.segment()
             return segment.decode(0, self.shape.capacity)
         totals = self.lengths()
-        shape = self.shape
+        shape, runs = self.shape, self._runs()
         k = torch.zeros(shape.heads, max(totals), shape.head_dim, dtype=shape.dtype, device=shape.device)
         v = torch.zeros_like(k)
         positions = torch.zeros(shape.heads, max(totals), dtype=torch.int32, device=shape.device)
-        at = [0] * shape.heads
-        for segment in segments:
-            part = segment.decode(0, shape.capacity)
-            for head, n in enumerate(part.lengths.tolist()):
-                to = slice(at[head], at[head] + n)
-                k[head, to], v[head, to] = part.k[head, :n], part.v[head, :n]
-                positions[head, to] = part.positions_of(head)
-                at[head] += n
-        # Runs follow one another, so equal first and last positions mean no gap between them.
+        biased = any(run.biased for run in runs)
+        bias = torch.zeros(shape.heads, max(totals), device=shape.device) if biased else None
+        for head, total in enumerate(totals):
+            order, at = self._order(head), 0
+            for run in runs:
+                n = run.lengths[head]
+                to = slice(at, at + n)
+                if n:
+                    k[head, to], v[head, to] = run.read(head, 0, n)
+                    positions[head, to] = run.positions_of(head, 0, n)
+                if n and bias is not None and (own := run.bias_of(head, 0, n)) is not None:
+                    bias[head, to] = own
+                at += n
+            if order is not None:
+                for table in (k, v, positions, bias):
+                    if table is not None:
+                        table[head, :total] = table[head, order.to(table.device)]
+        # Ascending, so equal first and last positions mean no gap between them.
         start = int(positions[:, 0].min())
         plain = all(s.positions is None for s in segments) and all(
             int(positions[h, 0]) == start and int(positions[h, n - 1]) == start + n - 1
@@ -98,6 +106,7 @@ class Layer:
             lengths=torch.tensor(totals, dtype=torch.int32),
             start=start if plain else 0,
             positions=None if plain else positions,
+            bias=bias,
             tier=shape.tier,
             version=self._version,
         )
@@ -105,166 +114,303 @@ class Layer:
     # ------------------------------------------------------------------ plans
 
     def apply(self, plan: Plan) -> None:
-        """Carry out a plan: drop first, then demote; each of the two happens whole or not at all."""
-        for demotion in plan.demote:
-            if demotion.oldest % ENTRIES or demotion.oldest < 0:
-                raise ValueError(f"a plan demotes {demotion.oldest} entries; make it a multiple of {ENTRIES}")
-            if demotion.codec is not None:
-                codec_named(demotion.codec).planes(self.shape.head_dim, self.shape.dtype)
+        """Carry out a plan: first rewrite, then drop, then demote; each happens whole or not at all."""
+        check_plan(plan, self.lengths(), self.shape.head_dim, self.shape.dtype)
+        if plan.rewrite is not None:
+            self.rewrite(plan.rewrite)
         if plan.keep is not None:
-            self._check_keep(plan.keep)
             self.keep(plan.keep)
         for demotion in plan.demote:
-            if demotion.oldest and (demotion.codec is not None or demotion.tier is not None):
-                self.demote(demotion.oldest, demotion.codec, demotion.tier)
+            lists = demotion.entries
+            if lists is not None and plan.keep is not None:
+                lists = tuple(torch.searchsorted(a, b) for a, b in zip(plan.keep, lists, strict=True))
+            if lists is None:
+                have = [min(demotion.oldest, n) for n in self.lengths()]
+                lists = tuple(torch.arange(n) for n in have)
+            self.demote(lists, demotion)
+
+    def rewrite(self, changes: Sequence[Rewrite | None]) -> None:
+        """Give listed entries new contents; a shared run that holds some of them is copied first."""
+        none = torch.empty(0, dtype=torch.int64)
+        lists = [none if change is None else change.entries for change in changes]
+        touched = [any(map(len, picks)) for picks in self._spread(lists)]
+        if not any(touched):
+            return
+        runs = []
+        for run, hit in zip(self._runs(), touched, strict=True):
+            runs.append(self._own(run) if hit and isinstance(run, SharedRun) else run)
+        biased = any(change is not None and change.bias is not None for change in changes)
+        for run, hit in zip(runs, touched, strict=True):
+            if hit and biased and isinstance(run, Run):
+                run.need_bias()
+        self._segments = None
+        self._version += 1
+        for head, change in enumerate(changes):
+            if change is None or not len(change.entries):
+                continue
+            order = self._order(head)
+            physical = change.entries if order is None else order[change.entries]
+            base = 0
+            for run in runs:
+                inside = ((physical >= base) & (physical < base + run.lengths[head])).nonzero().flatten()
+                if len(inside):
+                    assert isinstance(run, Run), "a shared run is copied before it is written"
+                    at = inside.to(change.k.device)
+                    bias = None if change.bias is None else change.bias[at]
+                    run.rewrite(head, physical[inside] - base, change.k[at], change.v[at], bias)
+                    run.version = self._version
+                base += run.lengths[head]
 
     def keep(self, keep: Sequence[Tensor]) -> None:
-        """Drop every entry that is not listed.
+        """Drop every entry that is not listed."""
+        if any(len(kept) != n for kept, n in zip(keep, self.lengths(), strict=True)):
+            self._retain(self._spread(keep))
 
-        Runs are walked from the oldest. A run that loses nothing stays as it is; entries of a
-        shared run are copied, because they are not ours to drop. A demoted run keeps whole pages,
-        re-encoded, and hands the rest of a page on to the next run, decoded.
-        """
-        if all(len(kept) == n for kept, n in zip(keep, self.lengths(), strict=True)):
+    def truncate(self, length: int) -> None:
+        """Drop entries at positions ``length`` and above."""
+        if self.end <= length:
             return
-        self._segments = None
-        carry: list[list[Piece]] = [[] for _ in keep]
-        front: list[Run | SharedRun] = []
-        base = [0] * len(keep)
+        self.end = length
+        picks = []
         for run in self._runs():
-            picks = [_between(kept, b, b + n) for kept, b, n in zip(keep, base, run.lengths, strict=True)]
-            base = [b + n for b, n in zip(base, run.lengths, strict=True)]
-            self._keep_in(run, picks, carry)
-            if run is not self.tail and max(run.lengths):
-                front.append(run)
-            elif run is not self.tail:
-                run.close()
-        self.front = front
+            where = [run.positions_of(head, 0, n) for head, n in enumerate(run.lengths)]
+            picks.append([torch.arange(int((positions < length).sum())) for positions in where])
+        self._retain(picks)
 
-    def _keep_in(self, run: Run | SharedRun, picks: list[Tensor], carry: list[list[Piece]]) -> None:
-        counts = [len(pick) for pick in picks]
-        carried = any(carry)
-        if counts == run.lengths and not carried:
-            return
-        prefix = not carried and all(
-            n == 0 or int(pick[-1]) == n - 1 for pick, n in zip(picks, counts, strict=True)
-        )
-        self._version += 1
-        if isinstance(run, SharedRun):
-            paged = run.codec.name != "raw"
-            if prefix and min(counts) == max(counts) and not (paged and counts[0] % ENTRIES):
-                run.narrow(0, counts[0])
-            else:
-                for head, pick in enumerate(picks):
-                    if len(pick):
-                        carry[head].append(_gather(run, head, pick))
-                run.lengths = [0] * len(picks)
-            run.version = self._version
-            return
-        run.version = self._version
-        whole = run is not self.tail
-        if prefix and not (whole and any(n % ENTRIES for n in counts)):
-            run.publish(counts)
-            return
-        run.need_positions()
-        held = (
-            [[*carry[head], _gather(run, head, pick)] for head, pick in enumerate(picks)]
-            if run.first
-            else None
-        )
-        if run.first:
-            run.rewind()
-        lengths = []
-        for head, pick in enumerate(picks):
-            pieces = held[head] if held is not None else [*carry[head], _gather(run, head, pick)]
-            k, v, positions = _joined(pieces)
-            stay = len(positions) // ENTRIES * ENTRIES if whole else len(positions)
-            run.write(head, 0, k[:stay], v[:stay], positions[:stay])
-            carry[head] = [(k[stay:], v[stay:], positions[stay:])] if stay < len(positions) else []
-            lengths.append(stay)
-        run.publish(lengths)
+    def demote(self, lists: Sequence[Tensor], how: Demotion) -> None:
+        """See to it that the listed entries are in a codec on a tier, or lower.
 
-    def demote(self, entries: int, codec: str | None, tier: Tier | None) -> None:
-        """See to it that the oldest ``entries`` of each head are in ``codec`` on ``tier``, or lower.
-
-        A head that holds fewer gives its whole pages. Entries already in a smaller codec or on a
-        lower tier keep it: a plan never promotes.
+        Entries already in a smaller codec or on a lower tier keep it: a plan never promotes. What is
+        left must fill whole pages where entries were listed; of the oldest, whole pages are taken.
         """
-        left = [min(entries, n // ENTRIES * ENTRIES) for n in self.lengths()]
-        todo: list[_Move] = []
-        for run in self._runs():
-            take = [min(a, b) for a, b in zip(left, run.lengths, strict=True)]
-            left = [a - b for a, b in zip(left, take, strict=True)]
-            if isinstance(run, SharedRun) and min(take) != max(take):
-                # A view cannot begin at another entry in every head.
-                self._own(run)
-                return self.demote(entries, codec, tier)
-            kind = self._target(run, codec, tier) if any(take) else _kind(run)
-            todo.append(_Move(run, take, kind))
+        runs = self._runs()
+        kinds = [self._target(run, how.codec, how.tier) for run in runs]
+        picks = [
+            picked if kind != _kind(run) else [pick[:0] for pick in picked]
+            for run, kind, picked in zip(runs, kinds, self._spread(lists), strict=True)
+        ]
+        moves: dict[Kind, list[int]] = {}  # what goes to each kind, by run
+        for i, kind in enumerate(kinds):
+            if any(map(len, picks[i])):
+                moves.setdefault(kind, []).append(i)
+        for kind, sources in moves.items():
+            _whole_pages(kind, [picks[i] for i in sources], listed=how.entries is not None)
+        moving = [any(map(len, picked)) for picked in picks]
+        if not any(moving):
+            return
+        for i, run in enumerate(runs):
+            # What stays of a shared run under a codec is not decoded for it: it becomes our own.
+            if isinstance(run, SharedRun) and run.codec.name != "raw" and moving[i]:
+                runs[i] = run if is_all(picks[i], run.lengths) else self._own(run)
         before = {run: run.lengths for run in self.owned()}
-        front: list[Run | SharedRun] = []
+        made: list[Run] = []
+        grown: list[Run] = []
         try:
-            for group in _groups(todo):
-                kind = group[0].kind
-                if kind != _kind(group[0].run):
-                    last = front[-1] if front else None
-                    home = last if isinstance(last, Run) and _kind(last) == kind else Run(self.shape, *kind)
-                    if home is not last:
-                        front.append(home)
-                    self._fill(home, group)
-                front.extend(move.run for move in group)
+            for kind, sources in moves.items():
+                taken = [(runs[i], picks[i]) for i in sources if moving[i]]
+                if not taken:
+                    continue
+                home = self._home(kind, taken)
+                (grown if home in before else made).append(home)
+                self._fill(home, taken, how.channels)
         except BaseException:
-            for run in front:
-                if run in before:
-                    assert isinstance(run, Run)
-                    run.publish(before[run])
-                elif isinstance(run, Run):
-                    run.close()
+            for home in grown:
+                home.publish(before[home])
+            for home in made:
+                home.close()
             raise
         self._segments = None
         self._version += 1
-        for move in todo:
-            if move.kind != _kind(move.run):
-                if isinstance(move.run, SharedRun):
-                    move.run.narrow(move.take[0], max(move.run.lengths))
-                else:
-                    move.run.drop_front(move.take)
-                move.run.version = self._version
-        for run in front:
-            if run not in before and isinstance(run, Run):
-                run.version = self._version
-            if run is not self.tail and not max(run.lengths):
-                run.close()
-        self.front = [run for run in front if run is not self.tail and max(run.lengths)]
+        for home in (*made, *grown):
+            home.version = self._version
+        stay: dict[Run | SharedRun, Picks] = {
+            run: [others(pick, n) for pick, n in zip(picked, run.lengths, strict=True)]
+            for run, picked, moves_some in zip(runs, picks, moving, strict=True)
+            if moves_some
+        }
+        self.front.extend(made)
+        self._retain([stay.get(run) for run in self._runs()])
 
-    def _fill(self, home: Run, group: list[_Move]) -> None:
-        """Add the oldest entries of the runs of a group behind those of ``home``."""
-        assert all(move.kind == _kind(home) for move in group)
-        moved = [sum(counts) for counts in zip(*(move.take for move in group), strict=True)]
-        assert all(n % ENTRIES == 0 for n in moved), "whole pages"
-        where = [
-            torch.cat([move.run.positions_of(head, 0, move.take[head]) for move in group])
-            for head in range(len(moved))
+    # ------------------------------------------------------------------ how they are carried out
+
+    def _spread(self, lists: Sequence[Tensor]) -> list[Picks]:
+        """Entry numbers of the layer as entry numbers of each of its runs."""
+        runs = self._runs()
+        picks: list[Picks] = [[] for _ in runs]
+        for head, numbers in enumerate(lists):
+            order = self._order(head)
+            at = numbers if order is None else order[numbers].sort().values
+            base = 0
+            for run, picked in zip(runs, picks, strict=True):
+                picked.append(between(at, base, base + run.lengths[head]))
+                base += run.lengths[head]
+        return picks
+
+    def _order(self, head: int) -> Tensor | None:
+        """Entry numbers, run after run, in ascending position; None where runs follow one another."""
+        runs = [run for run in self._runs() if run.lengths[head]]
+        spans = [run.span(head) for run in runs]
+        if all(a[1] < b[0] for a, b in pairwise(spans)):
+            return None
+        return torch.cat([run.positions_of(head, 0, run.lengths[head]).cpu() for run in runs]).argsort()
+
+    def _retain(self, picks: Sequence[Picks | None]) -> None:
+        """Keep the picked entries of every run (None: all of them).
+
+        A run under a codec keeps whole pages, those before the first loss as they are; what does not
+        fill a page any more goes to the tail, decoded. Of a raw run that is shared, what stays is copied
+        to the tail, unless it is one stretch.
+        """
+        runs = self._runs()
+        todo = {
+            run: picked
+            for run, picked in zip(runs, picks, strict=True)
+            if picked is not None and not is_all(picked, run.lengths)
+        }
+        if todo:
+            self._segments = None
+            self._version += 1
+        carry: list[list[Piece]] = [[] for _ in self.tail.lengths]
+        for run in runs:
+            if run in todo and run is not self.tail:
+                self._keep_in(run, todo[run], carry)
+        if any(carry):
+            self._carry(todo.get(self.tail), carry)
+        elif self.tail in todo and not self._split(todo[self.tail]):
+            _compact(self.tail, todo[self.tail], 1)
+            self.tail.version = self._version
+        for run in self.front:
+            if not any(run.lengths):
+                run.close()
+        self.front = [run for run in self.front if any(run.lengths)]
+        if len(self.front) > 1:
+            self.front.sort(key=_oldest)
+
+    def _keep_in(self, run: Run | SharedRun, picked: Picks, carry: list[list[Piece]]) -> None:
+        page = 1 if run.codec.name == "raw" else ENTRIES
+        if isinstance(run, SharedRun):
+            first, count = stretch(picked) or (-1, 0)
+            if first >= 0 and first % page == count % page == 0:
+                run.narrow(first, first + count)
+            elif page == 1:
+                for head, pick in enumerate(picked):
+                    if len(pick):
+                        carry[head].append(_taken(run, head, pick))
+                run.lengths = [0] * len(picked)
+            else:
+                self._keep_in(self._own(run), picked, carry)
+                return
+        else:
+            for head, pick in enumerate(picked):
+                if rest := len(pick) % page:
+                    carry[head].append(_taken(run, head, pick[len(pick) - rest :], copy=True))
+            _compact(run, [pick[: len(pick) // page * page] for pick in picked], page)
+        run.version = self._version
+
+    def _carry(self, picked: Picks | None, carry: list[list[Piece]]) -> None:
+        """Merge decoded entries into what stays of the tail."""
+        tail = self.tail
+        if picked is None:
+            picked = [torch.arange(n) for n in tail.lengths]
+        if any(piece.bias is not None for pieces in carry for piece in pieces):
+            tail.need_bias()
+        tail.need_positions()
+        for head, pick in enumerate(picked):
+            if len(pick):
+                carry[head].append(_taken(tail, head, pick, copy=True))
+        tail.rewind()
+        lengths = [0] * len(carry)
+        for head, pieces in enumerate(carry):
+            if pieces:
+                whole = Piece.merged(pieces)
+                tail.write(head, 0, whole)
+                lengths[head] = len(whole.positions)
+        tail.publish(lengths)
+        tail.version = self._version
+
+    def _split(self, picked: Picks) -> bool:
+        """Where every head keeps the same few oldest entries and the same long suffix, let none move.
+
+        The oldest get a run of their own, so that the next such plan (attention sinks and a window that
+        slides) only drops the front of the tail.
+        """
+        tail = self.tail
+        n, kept = tail.lengths[0], len(picked[0])
+        sinks = lead(picked[0])
+        suffix = kept - sinks
+        if not (tail.uniform and sinks > 0 and _SPLIT * sinks <= suffix):
+            return False
+        for head, pick in enumerate(picked):
+            if head and pick is picked[head - 1]:
+                continue
+            inside = len(pick) == kept and int(pick[sinks - 1]) == sinks - 1
+            if not (inside and int(pick[sinks]) == n - suffix and int(pick[-1]) == n - 1):
+                return False
+        taken: list[tuple[Run | SharedRun, Picks]] = [(tail, [pick[:sinks] for pick in picked])]
+        home = self._home(_kind(tail), taken)
+        self._fill(home, taken, None)
+        if home not in self.front:
+            self.front.append(home)
+        tail.drop_front([n - suffix] * len(picked))
+        home.version = tail.version = self._version
+        return True
+
+    def _home(self, kind: Kind, taken: Sequence[tuple[Run | SharedRun, Picks]]) -> Run:
+        """The run in front that entries of a kind can go behind, or a new one."""
+        firsts = [
+            min(
+                (
+                    int(run.positions_of(head, 0, run.lengths[head])[p[head][0]])
+                    for run, p in taken
+                    if len(p[head])
+                ),
+                default=-1,
+            )
+            for head in range(self.shape.heads)
         ]
+        for run in reversed(self.front):
+            if isinstance(run, Run) and _kind(run) == kind:
+                behind = all(
+                    first < 0 or not n or run.span(head)[1] < first
+                    for head, (first, n) in enumerate(zip(firsts, run.lengths, strict=True))
+                )
+                if behind:
+                    return run
+        return Run(self.shape, *kind)
+
+    def _fill(
+        self, home: Run, taken: Sequence[tuple[Run | SharedRun, Picks]], channels: Tensor | None
+    ) -> None:
+        """Add the picked entries of some runs behind those of ``home``."""
+        moved, where = [], []
+        for head in range(self.shape.heads):
+            found = [_at(run, head, picked[head]) for run, picked in taken if len(picked[head])]
+            positions = torch.cat(found).cpu() if found else torch.empty(0, dtype=torch.int32)
+            follow = len(found) == 1 or bool((positions.diff() > 0).all())
+            where.append(positions if follow else positions.sort().values)
+            moved.append((len(positions), follow))
         if not any(home.lengths):
             home.start = min(int(positions[0]) for positions in where if len(positions))
+        home.make_room(max(n for n, _ in moved))
         for have, positions in zip(home.lengths, where, strict=True):
             begin = home.start + have
-            if not torch.equal(
-                positions.cpu(), torch.arange(begin, begin + len(positions), dtype=torch.int32)
-            ):
+            if not torch.equal(positions, torch.arange(begin, begin + len(positions), dtype=torch.int32)):
                 home.need_positions()
-        for head, n in enumerate(moved):
-            at, source = home.lengths[head], group[0].run
-            if n and len(group) == 1 and isinstance(source, Run) and source.codec is home.codec:
-                home.copy_pages(head, at, source, 0, n)
-            elif n:
-                parts = [move.run.read(head, 0, move.take[head]) for move in group]
-                k, v = (torch.cat(same) for same in zip(*parts, strict=True))
-                home.write(head, at, k, v, where[head])
-        home.publish([have + n for have, n in zip(home.lengths, moved, strict=True)])
+        if any(run.biased for run, _ in taken):
+            home.need_bias()
+        for head, (_, follow) in enumerate(moved):
+            parts = [(run, picked[head]) for run, picked in taken if len(picked[head])]
+            at, of_head = home.lengths[head], None if channels is None else channels[head]
+            if follow and all(_same_pages(run, home, pick) for run, pick in parts):
+                for run, pick in parts:
+                    assert isinstance(run, Run)
+                    home.copy_pages(head, at, run, int(pick[0]), int(pick[-1]) + 1)
+                    at += len(pick)
+            else:
+                home.write(head, at, Piece.merged([_taken(run, head, pick) for run, pick in parts]), of_head)
+        home.publish([have + n for have, (n, _) in zip(home.lengths, moved, strict=True)])
 
-    def _target(self, run: Run | SharedRun, codec: str | None, tier: Tier | None) -> tuple[str, Tier]:
+    def _target(self, run: Run | SharedRun, codec: str | None, tier: Tier | None) -> Kind:
         """Codec and tier that a run's entries get: the smaller and the lower of what is and what is asked."""
         size, dtype = self.shape.head_dim, self.shape.dtype
         names = [run.codec.name] if codec is None else [run.codec.name, codec]
@@ -274,62 +420,43 @@ class Layer:
             min(tiers, key=_LOWER.index),
         )
 
-    def _own(self, shared: SharedRun) -> None:
+    def _own(self, shared: SharedRun) -> Run:
         """Replace a shared run by a copy, in the form that it has."""
         segment = shared.segment()
         own = Run(self.shape, *_kind(shared))
-        tables = segment.rows if isinstance(segment, EncodedSegment) else (segment.k, segment.v)
-        lengths, positions = shared.lengths, segment.positions
-        own.restore(
-            [
-                [table[head, : n // plane.entries] for head, n in enumerate(lengths)]
-                for table, plane in zip(tables, own.planes, strict=True)
-            ],
-            lengths,
-            segment.start,
-            None if positions is None else [positions[head, :n] for head, n in enumerate(lengths)],
-        )
+        own.restore(stored_rows(segment))
         self._segments = None
         self._version += 1
         own.version = self._version
         self.front = [own if run is shared else run for run in self.front]
+        return own
 
-    def truncate(self, length: int) -> None:
-        """Drop entries at positions ``length`` and above."""
-        if self.end <= length:
-            return
-        self.end = length
-        keep = []
-        for head in range(self.shape.heads):
-            positions = [run.positions_of(head, 0, run.lengths[head]) for run in self._runs()]
-            keep.append(torch.arange(int((torch.cat(positions) < length).sum())))
-        self.keep(keep)
+    # ------------------------------------------------------------------ files and memory
 
-    def _check_keep(self, keep: Sequence[Tensor]) -> None:
-        totals = self.lengths()
-        if len(keep) != len(totals):
-            raise ValueError(f"a plan keeps entries of {len(keep)} heads, the layer has {len(totals)}")
-        for head, (kept, n) in enumerate(zip(keep, totals, strict=True)):
-            if len(kept) and (int(kept[0]) < 0 or int(kept[-1]) >= n or bool((kept.diff() <= 0).any())):
-                raise ValueError(
-                    f"the plan's list for head {head} must be ascending, unique and below {n}; sort it"
-                )
+    def restored_run(self, codec: str, tier: Tier, follows: int | None) -> Run:
+        """The run at the end that entries from a file go to.
 
-    def restored_run(self, codec: str, tier: Tier) -> Run:
-        """The run at the end of ``front``, or the tail, for entries of a codec on a tier."""
-        if (codec, tier) == ("raw", self.shape.tier):
-            return self.tail
+        Raw entries at consecutive positions from ``follows`` on may go behind others of their kind.
+        """
+        last = self.front[-1] if self.front else None
+        if codec == "raw" and follows is not None and isinstance(last, Run):  # noqa: SIM102
+            if _kind(last) == (codec, tier) and last.ends_before(follows):
+                return last
         run = Run(self.shape, codec, tier)
         self.front.append(run)
         return run
 
-    # ------------------------------------------------------------------ memory
-
-    def _runs(self) -> list[Run | SharedRun]:
-        return [*self.front, self.tail]
+    def restored(self, end: int) -> None:
+        """All runs have come from a file: what can be appended to becomes the tail."""
+        self.end = end
+        self._segments = None
+        if self.front and isinstance(last := self.front[-1], Run) and _kind(last) == _kind(self.tail):
+            self.tail.close()
+            self.tail = last
+            self.front.pop()
 
     def owned(self) -> list[Run]:
-        """Runs whose memory is the sequence's own."""
+        """Runs whose memory is this sequence's."""
         return [run for run in self._runs() if isinstance(run, Run)]
 
     def shared(self) -> list[SharedRun]:
@@ -343,39 +470,85 @@ class Layer:
         self.front = []
         self._segments = None
 
+    def _runs(self) -> list[Run | SharedRun]:
+        return [*self.front, self.tail]
 
-def _kind(run: Run | SharedRun) -> tuple[str, Tier]:
+
+def _kind(run: Run | SharedRun) -> Kind:
     return run.codec.name, run.tier
 
 
-def _groups(moves: list[_Move]) -> Iterator[list[_Move]]:
-    """Split moves into groups that give whole pages, so that pages already encoded stay as they are."""
-    group: list[_Move] = []
-    for move in moves:
-        group.append(move)
-        counts = [sum(of_head) for of_head in zip(*(m.take for m in group), strict=True)]
-        if all(n % ENTRIES == 0 for n in counts):
-            yield group
-            group = []
-    assert not group, "whole pages are demoted"
+def _oldest(run: Run | SharedRun) -> int:
+    """Position of the oldest entry of a run that holds something."""
+    return min(run.span(head)[0] for head, n in enumerate(run.lengths) if n)
 
 
-def _joined(pieces: list[Piece]) -> Piece:
-    if len(pieces) == 1:
-        return pieces[0]
-    k, v, positions = (torch.cat(parts) for parts in zip(*pieces, strict=True))
-    return k, v, positions
+def _compact(run: Run, picked: Picks, page: int) -> None:
+    """Drop what is not picked from a run of our own; what moves is encoded anew.
+
+    Whole pages that all heads drop at the front go without moving anything, pages before a head's
+    first loss stay as they are.
+    """
+    if not any(map(len, picked)):
+        run.publish([0] * len(picked))
+        return
+    if (found := stretch(picked)) is not None and found[0] % page == 0:
+        first, count = found
+        run.drop_front([first] * len(picked))
+        if count < run.lengths[0] or not run.uniform:
+            run.publish([count] * len(picked))
+        return
+    gone = min(int(pick[0]) if len(pick) else n for pick, n in zip(picked, run.lengths, strict=True))
+    if gone := gone // page * page:
+        run.drop_front([gone] * len(picked))
+        picked = [pick - gone for pick in picked]
+    leads = [lead(pick) // page * page for pick in picked]
+    if any(start < len(pick) for start, pick in zip(leads, picked, strict=True)):
+        run.need_positions()
+    for head, (start, pick) in enumerate(zip(leads, picked, strict=True)):
+        if start < len(pick):
+            run.write(head, start, _taken(run, head, pick[start:], copy=True))
+    run.publish([len(pick) for pick in picked])
 
 
-def _between(kept: Tensor, first: int, last: int) -> Tensor:
-    """The part of an ascending list that lies in ``first .. last - 1``, counted from ``first``."""
-    a, b = torch.searchsorted(kept, torch.tensor([first, last])).tolist()
-    return kept[a:b] - first if first else kept[a:b]
+def _whole_pages(kind: Kind, sources: Sequence[Picks], *, listed: bool) -> None:
+    """Leave the newest out of what a head moves to a kind, so that it fills pages; lists must fill them."""
+    for head in range(len(sources[0])):
+        excess = sum(len(picked[head]) for picked in sources) % ENTRIES
+        if excess and listed:
+            raise ValueError(
+                f"a plan moves entries of head {head} to {kind[0]!r} that fill no page of {ENTRIES}; "
+                "list entries of one form, a multiple of that many per head"
+            )
+        for picked in reversed(sources):
+            spare = min(excess, len(picked[head]))
+            picked[head] = picked[head][: len(picked[head]) - spare]
+            excess -= spare
 
 
-def _gather(run: Run | SharedRun, head: int, pick: Tensor) -> Piece:
-    """Copies of the picked entries of a head."""
-    n = run.lengths[head]
-    k, v = run.read(head, 0, n)
-    at = pick.to(k.device)
-    return k.index_select(0, at), v.index_select(0, at), run.positions_of(head, 0, n).index_select(0, at)
+def _same_pages(run: Run | SharedRun, home: Run, pick: Tensor) -> bool:
+    """The picked entries are whole pages, one after the other, in the codec of ``home``."""
+    first, count = int(pick[0]), len(pick)
+    return (
+        isinstance(run, Run)
+        and run.codec is home.codec
+        and run.codec.name != "raw"
+        and first % ENTRIES == count % ENTRIES == 0
+        and int(pick[-1]) == first + count - 1
+    )
+
+
+def _at(run: Run | SharedRun, head: int, pick: Tensor) -> Tensor:
+    """Positions of the picked entries of a head."""
+    positions = run.positions_of(head, 0, run.lengths[head])
+    return positions[pick.to(positions.device)]
+
+
+def _taken(run: Run | SharedRun, head: int, pick: Tensor, *, copy: bool = False) -> Piece:
+    """The picked entries of a head; without ``copy`` they may be views of the run's memory."""
+    first, last = int(pick[0]), int(pick[-1]) + 1
+    k, v = run.read(head, first, last)
+    whole = Piece(k, v, run.positions_of(head, first, last), run.bias_of(head, first, last))
+    if last - first == len(pick):
+        return whole.map(torch.clone) if copy else whole
+    return whole.map(lambda x: x.index_select(0, (pick - first).to(x.device)))

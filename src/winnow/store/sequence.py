@@ -116,7 +116,11 @@ class SequenceStore:
         assert all(state.end in (0, self._length) for state in self._layers), "a layer was left behind"
 
     def segments(self, layer: int) -> tuple[Segment | EncodedSegment, ...]:
-        """Everything a layer holds, in ascending position; valid until the store changes or closes."""
+        """Everything a layer holds, by the oldest entry of each; valid until the store changes or closes.
+
+        Positions ascend within a segment; those of two segments may interleave. The last segment holds
+        what was appended last.
+        """
         return self._layers[layer].segments()
 
     def decoded(self, layer: int) -> Segment:
@@ -132,16 +136,16 @@ class SequenceStore:
     def apply(self, layer: int, plan: Plan) -> None:
         """Carry out what compression decided for a layer.
 
-        Kept entries move together and the memory behind them is given back at once; then the
-        oldest ``plan.demote`` entries of every head (or its whole pages, where it has fewer) are
-        in ``plan.codec`` on ``plan.tier``. Entries that are already in a smaller codec or on a
-        lower tier stay there.
+        First entries are rewritten; then kept entries move together and the memory behind them is
+        given back at once; then demoted ones change their form and their tier (of the oldest, the whole
+        pages, where a head has fewer). Entries that are already in a smaller codec or on a lower tier
+        stay there.
 
         Raises
         ------
         ValueError
-            If the plan does not fit the layer or the disk tier cannot take the entries; the layer
-            is then as before the failing half of the plan.
+            If the plan does not fit the layer or the disk tier cannot take the entries. The failing
+            one of the three steps, and of several demotions the failing one, then changed nothing.
         """
         self._layers[layer].apply(plan)
 
@@ -196,14 +200,17 @@ class SequenceStore:
             state.truncate(length)
         self._length = length
 
-    def restored_run(self, layer: int, codec: str, tier: Tier) -> Run:
-        """The run that entries from a file go to, oldest first; for :mod:`winnow.store.files`."""
-        return self._layers[layer].restored_run(codec, tier)
+    def restored_run(self, layer: int, codec: str, tier: Tier, follows: int | None) -> Run:
+        """The run that entries from a file go to; for :mod:`winnow.store.files`.
+
+        Raw entries at consecutive positions from ``follows`` on may go behind others of their kind.
+        """
+        return self._layers[layer].restored_run(codec, tier, follows)
 
     def restore(self, length: int) -> None:
         """Set the length after all runs have come from a file; for :mod:`winnow.store.files`."""
         for state in self._layers:
-            state.end = length
+            state.restored(length)
         self._length = length
 
     # ------------------------------------------------------------------ memory
@@ -213,7 +220,8 @@ class SequenceStore:
         held: Counter[tuple[Tier, str]] = Counter()
         for state in self._layers:
             for run in state.owned():
-                held[run.tier, run.codec.name] += run.nbytes()
+                for tier, size in run.bytes().items():
+                    held[tier, run.codec.name] += size
         return dict(held)
 
     def shared_bytes(self) -> int:

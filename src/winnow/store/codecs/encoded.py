@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from winnow.store.codecs.protocol import ENTRIES, Codec, bytes_per_entry
-from winnow.types import Segment, Selection, Tier
+from winnow.kernels.backend import Backend
+from winnow.store.codecs.protocol import ENTRIES, Codec, Plane, bytes_per_entry
+from winnow.types import AttentionSpec, Partial, Segment, Selection, Tier
 
 __all__ = ["EncodedSegment"]
 
@@ -21,12 +23,16 @@ class EncodedSegment:
     Attributes
     ----------
     rows : tuple of Tensor
-        The codec's planes, each ``[H, C / entries, width]``.
+        The codec's planes, each ``[H, C / entries, width]``; of a plane that pages hold ``once``, the
+        rows that ``batches`` names.
     form : Codec
     head_dim : int
     dtype : torch.dtype
         Type of decoded K and V.
-    lengths, start, positions, tier, version
+    batches : Tensor or None
+        ``[H, C / ENTRIES]`` int32: which row of the ``once`` planes each page reads; None for codecs
+        without such planes.
+    lengths, start, positions, bias, tier, version
         As in :class:`winnow.types.Segment`.
     """
 
@@ -35,8 +41,10 @@ class EncodedSegment:
     head_dim: int
     dtype: torch.dtype
     lengths: Tensor
+    batches: Tensor | None = None
     start: int = 0
     positions: Tensor | None = None
+    bias: Tensor | None = None
     tier: Tier = "host"
     version: int = 0
 
@@ -50,10 +58,22 @@ class EncodedSegment:
         """KV heads ``H``."""
         return self.rows[0].shape[0]
 
-    @property
+    @cached_property
+    def planes(self) -> tuple[Plane, ...]:
+        """The codec's planes for entries of this size."""
+        return self.form.planes(self.head_dim, self.dtype)
+
+    @cached_property
     def bytes_per_entry(self) -> int:
         """Bytes that reading one entry (K and V of one head) moves, scales included."""
-        return bytes_per_entry(self.form, self.head_dim, self.dtype)
+        size = bytes_per_entry(self.form, self.head_dim, self.dtype)
+        entries = int(self.lengths.sum())
+        if self.batches is None or not entries:
+            return size
+        pages = [row[: n // ENTRIES] for row, n in zip(self.batches, self.lengths.tolist(), strict=True)]
+        rows = sum(row.unique().numel() for row in pages)
+        shared = rows * sum(p.width * p.dtype.itemsize for p in self.planes if p.once)
+        return int(size + -(-shared // entries))
 
     def positions_of(self, head: int) -> Tensor:
         """``[S]`` int32 positions of the valid entries of one head."""
@@ -62,13 +82,19 @@ class EncodedSegment:
             return self.positions[head, :n]
         return torch.arange(self.start, self.start + n, dtype=torch.int32, device=self.rows[0].device)
 
+    def read(self, head: int, first: int, last: int) -> tuple[Tensor, Tensor]:
+        """Decoded K and V ``[n, D]`` of entries ``first .. last - 1`` of one head."""
+        low, high = first // ENTRIES * ENTRIES, -(-last // ENTRIES) * ENTRIES
+        k, v = self.form.decode(self._pages(head, torch.arange(low // ENTRIES, high // ENTRIES)), self.dtype)
+        return k[first - low : last - low], v[first - low : last - low]
+
     def decode(self, first: int = 0, last: int | None = None) -> Segment:
         """Entries ``first .. last - 1`` of every head (all by default), decoded into new memory."""
         longest = int(self.lengths.max())
         last = longest if last is None else min(last, longest)
         low, high = first // ENTRIES * ENTRIES, -(-last // ENTRIES) * ENTRIES
         if int(self.lengths.min()) >= last:
-            k, v = self._decode_pages(slice(None), low, high)
+            k, v = self.form.decode(self._all_heads(low, high), self.dtype)
         else:  # what lies behind the end of a shorter head is reserved, not valid: never touch it
             k = torch.zeros(
                 self.heads, high - low, self.head_dim, dtype=self.dtype, device=self.rows[0].device
@@ -77,37 +103,63 @@ class EncodedSegment:
             for head, n in enumerate(self.lengths.tolist()):
                 if n > low:
                     end = min(n, high)
-                    k[head, : end - low], v[head, : end - low] = self._decode_pages(head, low, end)
+                    k[head, : end - low], v[head, : end - low] = self.read(head, low, end)
         return Segment(
             k=k[:, first - low : last - low],
             v=v[:, first - low : last - low],
             lengths=(self.lengths.clamp(max=last) - first).clamp_(min=0),
             start=self.start + first,
             positions=None if self.positions is None else self.positions[:, first:last],
+            bias=None if self.bias is None else self.bias[:, first:last],
             tier=self.tier,
             version=self.version,
         )
 
-    def _decode_pages(self, heads: int | slice, low: int, high: int) -> tuple[Tensor, Tensor]:
-        planes = self.form.planes(self.head_dim, self.dtype)
-        rows = zip(self.rows, planes, strict=True)
-        return self.form.decode(
-            tuple(row[heads, low // p.entries : high // p.entries] for row, p in rows), self.dtype
-        )
+    def _all_heads(self, low: int, high: int) -> tuple[Tensor, ...]:
+        """Rows of pages that every head holds, one per page of the planes that pages hold once."""
+        rows = []
+        for row, p in zip(self.rows, self.planes, strict=True):
+            if p.once:
+                assert self.batches is not None
+                at = self.batches[:, low // ENTRIES : high // ENTRIES].long()
+                rows.append(row[torch.arange(self.heads, device=row.device).unsqueeze(1), at])
+            else:
+                rows.append(row[:, low // p.entries : high // p.entries])
+        return tuple(rows)
+
+    def _pages(self, head: int, pages: Tensor) -> tuple[Tensor, ...]:
+        """Rows of the listed pages of one head, one per page of the planes that pages hold once."""
+        rows = []
+        whole = int(self.lengths[head]) // ENTRIES
+        straight = len(pages) and int(pages[-1]) - int(pages[0]) + 1 == len(pages)
+        first = int(pages[0]) if straight else 0
+        for row, p in zip(self.rows, self.planes, strict=True):
+            if p.once:
+                assert self.batches is not None
+                rows.append(row[head, self.batches[head, pages.to(row.device)].long()])
+                continue
+            per = ENTRIES // p.entries
+            if straight:  # a view, where a list of pages is a copy
+                rows.append(row[head, first * per : (first + len(pages)) * per])
+            else:
+                of_page = row[head, : whole * per].view(-1, per, p.width)
+                rows.append(of_page[pages.to(row.device)].flatten(0, 1))
+        return tuple(rows)
 
     def narrow(self, first: int, last: int) -> EncodedSegment:
         """Entries ``first .. last - 1`` of every head, still encoded; whole pages, no copy."""
         assert first % ENTRIES == last % ENTRIES == 0, "whole pages"
-        planes = self.form.planes(self.head_dim, self.dtype)
         return replace(
             self,
             rows=tuple(
-                row[:, first // p.entries : last // p.entries]
-                for row, p in zip(self.rows, planes, strict=True)
+                row if p.once else row[:, first // p.entries : last // p.entries]
+                for row, p in zip(self.rows, self.planes, strict=True)
             ),
+            batches=None if self.batches is None else self.batches[:, first // ENTRIES : last // ENTRIES],
             lengths=(self.lengths.clamp(max=last) - first).clamp_(min=0),
             start=self.start + first,
             positions=None if self.positions is None else self.positions[:, first:last],
+            bias=None if self.bias is None else self.bias[:, first:last],
         )
 
     def tiles(self, entries: int) -> Iterator[Segment]:
@@ -116,6 +168,31 @@ class EncodedSegment:
         for first in range(0, int(self.lengths.max()), entries):
             yield self.decode(first, first + entries)
 
+    def attend(
+        self,
+        q_HD: Tensor,
+        *,
+        spec: AttentionSpec,
+        position: int,
+        selection: Selection | None = None,
+        want_logits: bool = False,
+        backend: Backend = "auto",
+    ) -> Partial | None:
+        """Decode attention over the stored form, as :func:`winnow.kernels.decode.decode`.
+
+        None where the codec offers none for these operands; then :meth:`tiles` or :meth:`gather` is
+        what the decode kernel reads.
+        """
+        return self.form.attend(
+            q_HD,
+            self,
+            spec=spec,
+            position=position,
+            selection=selection,
+            want_logits=want_logits,
+            backend=backend,
+        )
+
     def gather(self, selection: Selection) -> Segment:
         """The selected entries, decoded; the pages that hold them are read, no others.
 
@@ -123,29 +200,26 @@ class EncodedSegment:
         """
         entries, counts = selection.entries(self.lengths)
         group = entries.shape[0] // self.heads
-        planes = self.form.planes(self.head_dim, self.dtype)
         k = torch.zeros(*entries.shape, self.head_dim, dtype=self.dtype, device=self.rows[0].device)
         v = torch.zeros_like(k)
         positions = self.start + entries
+        bias = None if self.bias is None else torch.zeros(entries.shape, device=self.bias.device)
         for r, n in enumerate(counts.tolist()):
             head, wanted = r // group, entries[r, :n]
             pages, inverse = torch.unique_consecutive(wanted // ENTRIES, return_inverse=True)
-            rows = tuple(
-                row[head, : int(self.lengths[head]) // p.entries]
-                .view(-1, ENTRIES // p.entries, p.width)[pages.to(row.device)]
-                .flatten(0, 1)
-                for row, p in zip(self.rows, planes, strict=True)
-            )
-            k_nD, v_nD = self.form.decode(rows, self.dtype)
+            k_nD, v_nD = self.form.decode(self._pages(head, pages), self.dtype)
             at = (inverse * ENTRIES + wanted % ENTRIES).to(k.device)
             k[r, :n], v[r, :n] = k_nD[at], v_nD[at]
             if self.positions is not None:
                 positions[r, :n] = self.positions[head, wanted].long()
+            if self.bias is not None and bias is not None:
+                bias[r, :n] = self.bias[head, wanted.to(bias.device)]
         return Segment(
             k=k,
             v=v,
             lengths=counts,
             positions=positions.to(torch.int32),
+            bias=bias,
             tier=self.tier,
             version=self.version,
         )

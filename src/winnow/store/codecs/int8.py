@@ -6,12 +6,12 @@ import torch
 from torch import Tensor
 
 from winnow.kernels.quantize import Quantized, dequantize, quantize
-from winnow.store.codecs.protocol import Plane
+from winnow.store.codecs.protocol import Decoded, Plane
 
 __all__ = ["Int8"]
 
 
-class Int8:
+class Int8(Decoded):
     """K and V in 8 bits, symmetric, one scale per token each."""
 
     name = "int8"
@@ -24,7 +24,7 @@ class Int8:
             Plane(name="v_scale", dtype=torch.bfloat16, width=1),
         )
 
-    def encode(self, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
+    def encode(self, k: Tensor, v: Tensor, channels: Tensor | None = None) -> tuple[Tensor, ...]:
         of_k, of_v = (quantize(x, bits=8, axis="token", group=x.shape[-1], symmetric=True) for x in (k, v))
         return of_k.codes, of_k.scale, of_v.codes, of_v.scale
 

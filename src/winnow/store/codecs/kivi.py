@@ -13,14 +13,14 @@ import torch
 from torch import Tensor
 
 from winnow.kernels.quantize import Quantized, dequantize, quantize
-from winnow.store.codecs.protocol import ENTRIES, Plane
+from winnow.store.codecs.protocol import ENTRIES, Decoded, Plane
 
 __all__ = ["Kivi"]
 
 _GROUP = 32
 
 
-class Kivi:
+class Kivi(Decoded):
     """K in ``bits`` per channel and page, V in ``bits`` per token and group of channels."""
 
     bits: Literal[2, 4]
@@ -41,7 +41,7 @@ class Kivi:
             Plane(name="v_zero", dtype=torch.bfloat16, width=groups),
         )
 
-    def encode(self, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
+    def encode(self, k: Tensor, v: Tensor, channels: Tensor | None = None) -> tuple[Tensor, ...]:
         of_k = quantize(k, bits=self.bits, axis="channel", group=ENTRIES)
         of_v = quantize(v, bits=self.bits, axis="token", group=_group(v.shape[-1]))
         assert of_k.zero is not None

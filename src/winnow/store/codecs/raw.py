@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from winnow.store.codecs.protocol import Plane
+from winnow.store.codecs.protocol import Decoded, Plane
 
 __all__ = ["Raw"]
 
 
-class Raw:
+class Raw(Decoded):
     """K and V in the model's own type."""
 
     name = "raw"
@@ -21,7 +21,7 @@ class Raw:
             Plane(name="v", dtype=dtype, width=head_dim),
         )
 
-    def encode(self, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
+    def encode(self, k: Tensor, v: Tensor, channels: Tensor | None = None) -> tuple[Tensor, ...]:
         return k, v
 
     def decode(self, rows: tuple[Tensor, ...], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
