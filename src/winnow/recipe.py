@@ -40,6 +40,7 @@ from winnow.compression.scorers.recurrence import Recurrence
 from winnow.compression.scorers.window_attention import WindowAttention
 from winnow.generation.a_shape import AShape
 from winnow.generation.anchor import Anchor
+from winnow.generation.permuted_blocks import PermutedBlocks
 from winnow.generation.protocol import Generation
 from winnow.generation.tri_shape import TriShape
 from winnow.loading.protocol import Selector
@@ -57,7 +58,12 @@ STAGES: tuple[Slot, ...] = ("generation", "compression", "retrieval", "loading")
 """The four stages, in the order in which they are printed."""
 
 PARTS: dict[Slot, dict[str, type]] = {
-    "generation": {"a-shape": AShape, "anchor": Anchor, "tri-shape": TriShape},
+    "generation": {
+        "a-shape": AShape,
+        "anchor": Anchor,
+        "tri-shape": TriShape,
+        "permuted-blocks": PermutedBlocks,
+    },
     "compression": {"compress": Compress},
     "scorer": {
         "window-attention": WindowAttention,
@@ -159,6 +165,11 @@ class Recipe:
             raise ValueError(
                 f"recipe{self._called()}: {' and '.join(hungry)} reads an offline profile but the recipe "
                 f"names none; make one for your model and give its path as profile=..."
+            )
+        if self.retrieval is not None and self.generation is not None and self.generation.tail is None:
+            raise ValueError(
+                f"recipe{self._called()}: what its generation computes for a token depends on the tokens "
+                f"behind it, so no entry is reusable under another prompt; leave retrieval out"
             )
         if self.needs.mass == "all" and self.retrieval is not None:
             raise ValueError(

@@ -32,6 +32,7 @@ from winnow.compression.scorers.recurrence import Recurrence
 from winnow.compression.scorers.window_attention import WindowAttention
 from winnow.generation.a_shape import AShape
 from winnow.generation.anchor import Anchor
+from winnow.generation.permuted_blocks import PermutedBlocks
 from winnow.generation.protocol import PrefillLayer
 from winnow.generation.tri_shape import TriShape
 from winnow.kernels.merge import merge
@@ -83,6 +84,9 @@ SAMPLES: dict[type, Sample] = {
         Anchor(theta=0.5, block=4, step=3, init=2), Anchor(theta=math.inf, block=4, step=3, init=2)
     ),
     TriShape: Sample(TriShape(init=3, local=9, last=4), TriShape(init=0, local=9, last=10_000)),
+    PermutedBlocks: Sample(
+        PermutedBlocks(block=4, segment=8, share=0.5), PermutedBlocks(block=4, segment=8, share=1.0)
+    ),
     WindowAttention: Sample(WindowAttention(window=4, pool=3), WindowAttention(window=4, pool=1)),
     Recency: Sample(Recency(sinks=2), Recency(sinks=0)),
     Accumulated: Sample(Accumulated(recent=4, sinks=1), Accumulated(recent=4)),

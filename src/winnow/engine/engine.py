@@ -308,8 +308,10 @@ class Engine:
         """Extend the leading stretch that depends on the tokens and the generation alone."""
         sequence, count = run.sequence, part.last - part.first
         exact = part.prompt or (self.recipe.loading is None and self.recipe.generation is None)
+        if self.recipe.generation is not None and self.recipe.generation.tail is None:
+            exact = False
         if exact and sequence.pure == sequence.store.length - count:
-            tail = self.recipe.generation.tail if self.recipe.generation and part.prompt else 0
+            tail = (self.recipe.generation.tail or 0) if self.recipe.generation and part.prompt else 0
             sequence.pure = max(sequence.pure, min(sequence.store.length, len(sequence.tokens) - tail))
 
     def _prompt_done(self, run: _Run) -> None:

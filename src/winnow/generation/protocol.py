@@ -59,8 +59,11 @@ class Generation(Protocol):
         ...
 
     @property
-    def tail(self) -> int:
-        """Tokens at a prompt's end whose entries depend on its ending there: no pool may have them."""
+    def tail(self) -> int | None:
+        """Tokens at a prompt's end whose entries depend on its ending there: no pool may have them.
+
+        None where all of them do.
+        """
         ...
 
     def state(self) -> Any:

@@ -17,6 +17,7 @@ from winnow.methods.anchor_attention import anchor_attention
 from winnow.methods.d2o import d2o
 from winnow.methods.h2o import h2o
 from winnow.methods.lazy_eviction import lazy_eviction
+from winnow.methods.pbs_attn import pbs_attn
 from winnow.methods.prefix_reuse import prefix_reuse
 from winnow.methods.snapkv import snapkv
 from winnow.methods.streaming_llm import streaming_llm
@@ -78,6 +79,14 @@ METHODS: dict[str, Method] = {
             stage="generation",
             paper="arXiv 2505.23520",
             needs="nothing (theta)",
+            saves="score entries of the prefill, by content",
+        ),
+        Method(
+            name="pbs-attn",
+            make=pbs_attn,
+            stage="generation",
+            paper="arXiv 2510.21270",
+            needs="nothing (share)",
             saves="score entries of the prefill, by content",
         ),
         Method(
