@@ -114,23 +114,54 @@ class LlamaCpp:
         token = 1
         start = time.perf_counter()
         for _ in range(tokens):
-            self._run([token], self._at)
-            logits = self._lib.llama_get_logits_ith(self._context, -1)
-            vocabulary = self._lib.llama_vocab_n_tokens(self._lib.llama_model_get_vocab(self._model))
-            row = ctypes.cast(logits, ctypes.POINTER(ctypes.c_float * vocabulary)).contents
-            token = int(torch.frombuffer(row, dtype=torch.float32).argmax())
-            self._at += 1
+            token = self.extend([token])
         return (time.perf_counter() - start) / tokens
 
     def prefill(self, ids: list[int]) -> float:
         """See :class:`winnow.bench.end_to_end.Contender`."""
-        self._open(len(ids) + 1)
+        self.begin(len(ids) + 1)
         start = time.perf_counter()
-        for first in range(0, len(ids), 512):
-            self._run(ids[first : first + 512], first)
+        self._append(ids)
         seconds = time.perf_counter() - start
         self.drop()
         return seconds
+
+    @property
+    def length(self) -> int:
+        """Tokens of the sequence that have entries."""
+        return self._at
+
+    def begin(self, room: int) -> None:
+        """Start an empty sequence with room for so many tokens."""
+        self._open(room)
+        self._at = 0
+
+    def extend(self, ids: list[int]) -> int:
+        """Append tokens to the sequence; the likeliest next one."""
+        self._append(ids)
+        return self._likeliest()
+
+    def cut(self, length: int) -> None:
+        """Forget all tokens of the sequence but the first ``length``."""
+        if not self._lib.llama_memory_seq_rm(self._lib.llama_get_memory(self._context), 0, length, -1):
+            raise RuntimeError("llama.cpp refused to cut a sequence")
+        self._at = length
+
+    def state_bytes(self) -> int:
+        """Bytes of the sequence's state as llama.cpp would save it: its entries and their places."""
+        return int(self._lib.llama_state_seq_get_size(self._context, 0))
+
+    def _append(self, ids: list[int]) -> None:
+        for first in range(0, len(ids), 512):
+            piece = ids[first : first + 512]
+            self._run(piece, self._at)
+            self._at += len(piece)
+
+    def _likeliest(self) -> int:
+        logits = self._lib.llama_get_logits_ith(self._context, -1)
+        vocabulary = self._lib.llama_vocab_n_tokens(self._lib.llama_model_get_vocab(self._model))
+        row = ctypes.cast(logits, ctypes.POINTER(ctypes.c_float * vocabulary)).contents
+        return int(torch.frombuffer(row, dtype=torch.float32).argmax())
 
     def drop(self) -> None:
         """See :class:`winnow.bench.end_to_end.Contender`."""
@@ -147,6 +178,15 @@ def _be_quiet(lib: Any) -> None:
     lib.llama_log_set(callback, ctypes.c_void_p(0))
     # The library keeps a bare pointer: the callback must outlive it.
     lib.winnow_log_callback = callback
+
+
+def _interleaved(weight: Tensor, head_dim: int) -> Tensor:
+    """Rows of a query or key projection in llama.cpp's order.
+
+    It turns neighbouring pairs of a head's channels; `transformers` turns the first half against the second.
+    """
+    halves = weight.view(-1, 2, head_dim // 2, weight.shape[1])
+    return halves.transpose(1, 2).reshape(weight.shape)
 
 
 def _write_gguf(module: Any, path: Path) -> None:
@@ -186,8 +226,6 @@ def _write_gguf(module: Any, path: Path) -> None:
             attention, mlp = layer.self_attn, layer.mlp
             for name, owner in (
                 ("attn_norm", layer.input_layernorm),
-                ("attn_q", attention.q_proj),
-                ("attn_k", attention.k_proj),
                 ("attn_v", attention.v_proj),
                 ("attn_output", attention.o_proj),
                 ("ffn_norm", layer.post_attention_layernorm),
@@ -196,6 +234,8 @@ def _write_gguf(module: Any, path: Path) -> None:
                 ("ffn_down", mlp.down_proj),
             ):
                 add(f"blk.{i}.{name}.weight", owner.weight)
+            for name, owner in (("attn_q", attention.q_proj), ("attn_k", attention.k_proj)):
+                add(f"blk.{i}.{name}.weight", _interleaved(owner.weight, config.head_dim))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from winnow.cli import show
+from winnow.cli import bench_lifecycle, show
 
 __all__ = ["bench_app", "demo"]
 
@@ -15,6 +15,8 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
 Out = Annotated[Path | None, typer.Option("--out", "-o", help="Write JSON (and a figure) here.")]
 
 bench_app = typer.Typer(help="Measure, beside the machine's limits and fair baselines.", no_args_is_help=True)
+bench_app.command("lifecycle")(bench_lifecycle.lifecycle)
+bench_app.command("compare")(bench_lifecycle.compare)
 
 
 def demo(
