@@ -1,9 +1,9 @@
 """Scorers: how right an answer is, from 0 to 1.
 
 A scorer sees one turn and one answer and keeps nothing between calls; an exact match of the golden
-answer scores 1 in every one of them (a test holds them to it).  `SCORERS` has two kinds: the ones
-that the tasks here use, and those of SCBench under ``scbench:<task>``, with their faults
-(`winnow.bench.scbench_scorers` says which).
+answer scores 1 in each of those that the tasks here use (a test holds them to it).  Beside them
+`SCORERS` has SCBench's under ``scbench:<task>``, with their faults (`winnow.bench.scbench_scorers`
+says which), and LongBench's under ``longbench:<kind>``.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from collections.abc import Callable
 from difflib import SequenceMatcher
 from types import MappingProxyType
 
+from winnow.bench.longbench_scorers import LONGBENCH
 from winnow.bench.scbench_scorers import SCBENCH
 from winnow.bench.tasks.example import Turn
 
@@ -145,5 +146,6 @@ SCORERS: MappingProxyType[str, Scorer] = MappingProxyType(
         "facts": facts,
         "code": code,
         **SCBENCH,
+        **LONGBENCH,
     }
 )

@@ -7,10 +7,12 @@ chronicle has never been read.  Questions put a fact in other words than the tex
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from winnow.bench.tasks.example import Example, Join, Turn
 from winnow.bench.tasks.task import Draft, Maker, Oracle, Request, Task
 from winnow.bench.tasks.text.chinese import CHINESE, CHINESE_JOIN
-from winnow.bench.tasks.text.chronicle import Language, Query, answer, query, tell
+from winnow.bench.tasks.text.chronicle import Fact, Language, Query, answer, query, tell
 from winnow.bench.tasks.text.english import ENGLISH
 from winnow.bench.tasks.text.fit import allowance, fit, joined, spread
 from winnow.models.embedded.dice import Dice
@@ -38,16 +40,22 @@ def _written(language: Language, sentences: list[str]) -> tuple[str, list[float]
     return text, depths
 
 
-def _choices(dice: Dice, language: Language, found: Query) -> tuple[str, ...]:
-    """The answer among other texts for the same slot, in random order."""
-    options = {found.answer: None}
+def _choices(dice: Dice, language: Language, found: Query, facts: Sequence[Fact]) -> tuple[str, ...]:
+    """The answer among other texts of the chronicle for the same slot, in random order.
+
+    All choices stand in the chronicle, as far as it has enough of them: having read a name
+    somewhere is no help.
+    """
+    told = dict.fromkeys(fact[found.slot] for fact in facts if fact["relation"] == found.relation)
+    told.pop(found.answer)
+    options = dict.fromkeys([found.answer, *dice.sample(list(told), min(len(told), len(LETTERS) - 1))])
     while len(options) < len(LETTERS):
         options[language.values[found.slot](dice)] = None
     return tuple(dice.sample(list(options), len(options)))
 
 
-def _turn(request: Request, dice: Dice, language: Language, found: Query, depth: float, choice: bool) -> Turn:
-    if not choice:
+def _turn(request: Request, found: Query, depth: float, choices: tuple[str, ...]) -> Turn:
+    if not choices:
         return Turn(
             question=found.question,
             answers=(found.answer,),
@@ -55,7 +63,6 @@ def _turn(request: Request, dice: Dice, language: Language, found: Query, depth:
             max_new_tokens=allowance(request, found.answer),
             depth=depth,
         )
-    choices = _choices(dice, language, found)
     listed = "".join(f"\n{letter}. {text}" for letter, text in zip(LETTERS, choices, strict=True))
     letter = LETTERS[choices.index(found.answer)]
     return Turn(
@@ -80,7 +87,10 @@ def _maker(language: Language, join: Join, choice: bool) -> Maker:
             text, depths = _written(language, sentences)
             used: set[int] = set()
             found = [query(dice, language, facts, at, hops, used) for at in spread(dice, n, request.turns)]
-            turns = tuple(_turn(request, dice, language, q, depths[q.source], choice) for q in found)
+            turns = tuple(
+                _turn(request, q, depths[q.source], _choices(dice, language, q, facts) if choice else ())
+                for q in found
+            )
             return Draft(context=text, turns=turns, join=join)
 
         return fit(request, build, least=max(10, 3 * request.turns))

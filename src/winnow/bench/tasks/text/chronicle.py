@@ -72,11 +72,12 @@ class Language:
 
 @dataclass(frozen=True, kw_only=True)
 class Query:
-    """A question, its answer, the fact that holds the answer and the slot it fills there."""
+    """A question, its answer, the fact that holds it, that fact's relation and the slot it fills there."""
 
     question: str
     answer: str
     source: int
+    relation: str
     slot: str
 
 
@@ -142,7 +143,13 @@ def query(
         if hops == 2:
             person = language.described.format(**works[person])
         asked = relation.asked.format(**{**fact, "person": person})
-        return Query(question=asked, answer=fact[relation.wanted], source=source, slot=relation.wanted)
+        return Query(
+            question=asked,
+            answer=fact[relation.wanted],
+            source=source,
+            relation=fact["relation"],
+            slot=relation.wanted,
+        )
     raise ValueError("the chronicle has no further fact to ask for; ask for fewer turns or more tokens")
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from functools import cache
+from functools import lru_cache
 
 __all__ = ["compiled", "read_slots"]
 
@@ -14,7 +14,7 @@ def compiled(template: str, patterns: Mapping[str, str]) -> re.Pattern[str]:
     return _compiled(template, tuple(sorted(patterns.items())))
 
 
-@cache
+@lru_cache(maxsize=256)
 def _compiled(template: str, patterns: tuple[tuple[str, str], ...]) -> re.Pattern[str]:
     known = dict(patterns)
     parts = re.split(r"\{(\w+)\}", template)
