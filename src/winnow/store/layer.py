@@ -499,7 +499,8 @@ def _compact(run: Run, picked: Picks, page: int) -> None:
             run.publish([count] * len(picked))
         return
     gone = min(int(pick[0]) if len(pick) else n for pick, n in zip(picked, run.lengths, strict=True))
-    if gone := gone // page * page:
+    # Single entries move anyway; from slot 0 they fill no more memory pages than they must.
+    if page > 1 and (gone := gone // page * page):
         run.drop_front([gone] * len(picked))
         picked = [pick - gone for pick in picked]
     leads = [lead(pick) // page * page for pick in picked]
