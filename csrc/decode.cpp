@@ -24,7 +24,7 @@ constexpr int TILE = 2048;             // entries between two rescalings: long, 
 constexpr int64_t MAX_CHUNK = 8192;    // entries
 constexpr int64_t MIN_CHUNK = 512;
 constexpr int64_t SERIAL_BYTES = 1 << 18;  // less than this is not worth waking a second thread
-constexpr int AHEAD = 64;              // rows between what is read and what is fetched
+constexpr int AHEAD = 128;             // rows between what is read and what is fetched
 constexpr float LOG2E = 1.44269504f;
 constexpr float MINUS_INF = -std::numeric_limits<float>::infinity();
 

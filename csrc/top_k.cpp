@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cassert>
 #include <cmath>
 #include <limits>
 #include <stdexcept>
@@ -27,7 +28,7 @@ constexpr int64_t RUN = 16;            // a sampled run: what one line of the ca
 constexpr int64_t SAMPLE = 64 * RUN;
 constexpr int64_t AHEAD = 2048;        // scores between what is read and what is fetched
 constexpr int64_t SAMPLE_FROM = 8192;  // shorter rows are candidates as a whole
-constexpr int64_t SMALL = 64;          // candidates that are sorted outright
+constexpr int64_t SMALL = 64;          // candidates that are ranked outright
 constexpr int64_t SERIAL_BYTES = 1 << 18;
 constexpr int SLACK = 16;              // vector stores may write this far behind the last value
 constexpr float LOWEST = std::numeric_limits<float>::lowest();  // -inf and NaN are never candidates
@@ -229,23 +230,32 @@ class Selector {
     }
     float small[SMALL];
     std::copy(x, x + n, small);
-    std::sort(small, small + n, [](float a, float b) { return a > b; });
-    Kth kth{small[k - above - 1], above, 0};
-    for (int64_t i = 0; i < n; ++i) {
-      kth.above += small[i] > kth.value;
-      kth.equal += small[i] == kth.value;
-    }
-    return kth;
+    std::fill(small + n, small + SMALL, -std::numeric_limits<float>::infinity());
+    const Kth kth = ranked(small, k - above);
+    return {kth.value, above + kth.above, kth.equal};
   }
 
   // One of the values, near the one of the wanted rank.
   static float choose(const float* x, int64_t n, int64_t rank) {
-    constexpr int64_t FEW = 24;
+    constexpr int64_t FEW = 32;
     float few[FEW];
     for (int64_t i = 0; i < FEW; ++i) few[i] = x[i * n / FEW];
-    const int64_t at = std::min(FEW - 1, rank * FEW / n);
-    std::nth_element(few, few + at, few + FEW, [](float a, float b) { return a > b; });
-    return few[at];
+    return ranked(few, std::min(FEW, rank * FEW / n + 1)).value;
+  }
+
+  // The k-th largest of a few values, 0 < k <= size. Counting is many comparisons, but sorting as few is slower
+  // for the branches that nothing can predict.
+  template <int size>
+  static Kth ranked(const float (&x)[size], int64_t k) {
+    for (int i = 0;; ++i) {
+      assert(i < size);
+      int32_t above = 0, equal = 0;
+      for (int j = 0; j < size; ++j) {
+        above += x[j] > x[i];
+        equal += x[j] == x[i];
+      }
+      if (above < k && k <= above + equal) return {x[i], above, equal};
+    }
   }
 
   std::vector<float> value_;
