@@ -11,6 +11,8 @@ from winnow.store.codecs.int4 import Int4
 from winnow.store.codecs.int8 import Int8
 from winnow.store.codecs.protocol import ENTRIES, Codec, Decoded, Plane, bytes_per_entry
 from winnow.store.codecs.raw import Raw
+from winnow.store.codecs.separable import Separable
+from winnow.store.codecs.thin import Thin
 
 __all__ = [
     "CODECS",
@@ -28,7 +30,7 @@ __all__ = [
 CODECS: dict[str, Codec] = {codec.name: codec for codec in (Raw(), Int8(), Int4(), Int2())}
 """Codecs without parameters, by name."""
 
-FAMILIES: dict[str, Callable[[int], Codec]] = {}
+FAMILIES: dict[str, Callable[[int], Codec]] = {"thin": Thin, "separable": Separable}
 """Codecs with a number, written ``name:number``."""
 
 _MADE: dict[str, Codec] = {}

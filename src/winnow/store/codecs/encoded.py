@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -14,6 +15,8 @@ from winnow.store.codecs.protocol import ENTRIES, Codec, Plane, bytes_per_entry
 from winnow.types import AttentionSpec, Partial, Segment, Selection, Tier
 
 __all__ = ["EncodedSegment"]
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,6 +77,17 @@ class EncodedSegment:
         rows = sum(row.unique().numel() for row in pages)
         shared = rows * sum(p.width * p.dtype.itemsize for p in self.planes if p.once)
         return int(size + -(-shared // entries))
+
+    @cached_property
+    def _derived(self) -> dict[str, Any]:
+        return {}
+
+    def derived(self, name: str, make: Callable[[EncodedSegment], T]) -> T:
+        """What ``make`` says of this segment, made once: side data that a codec reads at every step."""
+        if name not in self._derived:
+            self._derived[name] = make(self)
+        found: T = self._derived[name]
+        return found
 
     def positions_of(self, head: int) -> Tensor:
         """``[S]`` int32 positions of the valid entries of one head."""
