@@ -27,14 +27,17 @@ import yaml
 from winnow.compression.actions.compensate import Compensate
 from winnow.compression.actions.demote import Demote
 from winnow.compression.actions.drop import Drop
+from winnow.compression.actions.grade import Grade
 from winnow.compression.actions.merge_similar import MergeSimilar
 from winnow.compression.actions.slide import Slide
+from winnow.compression.actions.thin_keys import ThinKeys
 from winnow.compression.budgets.adaptive import Adaptive
 from winnow.compression.budgets.density import Density
 from winnow.compression.budgets.everything import Everything
 from winnow.compression.budgets.uniform import Uniform
 from winnow.compression.protocol import Action, BudgetRule, Compress, Scorer
 from winnow.compression.scorers.accumulated import Accumulated
+from winnow.compression.scorers.probe_attention import ProbeAttention
 from winnow.compression.scorers.recency import Recency
 from winnow.compression.scorers.recurrence import Recurrence
 from winnow.compression.scorers.window_attention import WindowAttention
@@ -43,6 +46,7 @@ from winnow.generation.anchor import Anchor
 from winnow.generation.permuted_blocks import PermutedBlocks
 from winnow.generation.protocol import Generation
 from winnow.generation.tri_shape import TriShape
+from winnow.loading.page_bounds import PageBounds
 from winnow.loading.protocol import Selector
 from winnow.loading.sketch import Sketch
 from winnow.loading.tidal import Tidal
@@ -70,6 +74,7 @@ PARTS: dict[Slot, dict[str, type]] = {
         "recency": Recency,
         "accumulated": Accumulated,
         "recurrence": Recurrence,
+        "probe-attention": ProbeAttention,
     },
     "budget": {"uniform": Uniform, "everything": Everything, "adaptive": Adaptive, "density": Density},
     "action": {
@@ -78,9 +83,11 @@ PARTS: dict[Slot, dict[str, type]] = {
         "slide": Slide,
         "merge-similar": MergeSimilar,
         "compensate": Compensate,
+        "thin-keys": ThinKeys,
+        "grade": Grade,
     },
     "retrieval": {"radix": Radix},
-    "loading": {"tidal": Tidal, "sketch": Sketch},
+    "loading": {"tidal": Tidal, "sketch": Sketch, "page-bounds": PageBounds},
 }
 """Every part that YAML can name, by slot."""
 

@@ -20,13 +20,16 @@ import winnow.retrieval
 from winnow.compression.actions.compensate import Compensate
 from winnow.compression.actions.demote import Demote
 from winnow.compression.actions.drop import Drop
+from winnow.compression.actions.grade import Grade
 from winnow.compression.actions.merge_similar import MergeSimilar
 from winnow.compression.actions.slide import Slide
+from winnow.compression.actions.thin_keys import ThinKeys
 from winnow.compression.budgets.adaptive import Adaptive
 from winnow.compression.budgets.density import Density
 from winnow.compression.budgets.everything import Everything
 from winnow.compression.budgets.uniform import Uniform
 from winnow.compression.scorers.accumulated import Accumulated
+from winnow.compression.scorers.probe_attention import ProbeAttention
 from winnow.compression.scorers.recency import Recency
 from winnow.compression.scorers.recurrence import Recurrence
 from winnow.compression.scorers.window_attention import WindowAttention
@@ -37,6 +40,7 @@ from winnow.generation.protocol import PrefillLayer
 from winnow.generation.tri_shape import TriShape
 from winnow.kernels.merge import merge
 from winnow.kernels.prefill import prefill
+from winnow.loading.page_bounds import PageBounds
 from winnow.loading.sketch import Sketch
 from winnow.loading.tidal import Tidal
 from winnow.recipe import PARTS
@@ -88,6 +92,7 @@ SAMPLES: dict[type, Sample] = {
         PermutedBlocks(block=4, segment=8, share=0.5), PermutedBlocks(block=4, segment=8, share=1.0)
     ),
     WindowAttention: Sample(WindowAttention(window=4, pool=3), WindowAttention(window=4, pool=1)),
+    ProbeAttention: Sample(ProbeAttention(recent=3, random=2), ProbeAttention()),
     Recency: Sample(Recency(sinks=2), Recency(sinks=0)),
     Accumulated: Sample(Accumulated(recent=4, sinks=1), Accumulated(recent=4)),
     Recurrence: Sample(Recurrence(recent=4, alpha=0.05), Recurrence(recent=4)),
@@ -102,9 +107,12 @@ SAMPLES: dict[type, Sample] = {
     Slide: Sample(Slide(sinks=3), Slide(sinks=3)),
     MergeSimilar: Sample(MergeSimilar(), MergeSimilar()),
     Compensate: Sample(Compensate(), Compensate()),
+    ThinKeys: Sample(ThinKeys(percent=40, recent=3, window=4), ThinKeys(percent=0)),
+    Grade: Sample(Grade(recent=3), Grade(recent=10_000)),
     Demote: Sample(Demote(codec="raw", recent=3), Demote(codec="raw", recent=10_000)),
     Radix: Sample(Radix(page=4, capacity_bytes=1 << 20), Radix(page=1)),
     Sketch: Sample(Sketch(keep=7, recent=2, sinks=1, every=2), Sketch(keep=10_000)),
+    PageBounds: Sample(PageBounds(keep=6, page=2, dense_layers=0), PageBounds(keep=10_000)),
     Tidal: Sample(Tidal(keep=7, dense_layers=1), Tidal(keep=10_000, dense_layers=1)),
 }
 

@@ -38,6 +38,7 @@ TIGHT: dict[str, dict[str, Any]] = {
     "lazy-eviction": {"keep": 40, "window": 4, "alpha": 0.02},
     "prefix-reuse": {"page": 16},
     "tidal-decode": {"keep": 24},
+    "quest": {"keep": 24, "page": 4},
 }
 LIMIT: dict[str, dict[str, Any]] = {
     "a-shape": {"init": 0, "local": 10_000},
@@ -52,6 +53,7 @@ LIMIT: dict[str, dict[str, Any]] = {
     "lazy-eviction": {"keep": 10_000},
     "prefix-reuse": {"page": 16},
     "tidal-decode": {"keep": 10_000},
+    "quest": {"keep": 10_000},
 }
 EVERY = pytest.mark.parametrize("name", [*METHODS, "all four"])
 

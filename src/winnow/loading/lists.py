@@ -13,12 +13,17 @@ from winnow.kernels.top_k import top_k
 from winnow.store.codecs import EncodedSegment
 from winnow.types import Segment, Selection
 
-__all__ = ["NOWHERE", "Carried", "choose", "compact", "locate", "positions_of"]
+__all__ = ["NOWHERE", "Carried", "choose", "compact", "identity", "locate", "positions_of"]
 
 Stored = Segment | EncodedSegment
 
 NOWHERE = torch.iinfo(torch.int32).max
 """Stands for no position; greater than any."""
+
+
+def identity(segment: Stored) -> tuple[object, ...]:
+    """What changes whenever side data that was made of a segment is stale; appended entries do not."""
+    return (segment.version, segment.start, segment.codec, segment.heads)
 
 
 def choose(

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from winnow._check import integer
 from winnow.kernels.key_scan import KeyCodes, key_scan, quantize_keys
-from winnow.loading.lists import Carried, Stored, choose
+from winnow.loading.lists import Carried, Stored, choose, identity
 from winnow.loading.protocol import DecodeLayer
 from winnow.types import EVERYTHING, Needs, View
 
@@ -162,7 +162,7 @@ class Sketch:
 
     def _copy(self, old: _Copy | None, segment: Stored, ctx: DecodeLayer) -> _Copy:
         """Codes of all entries of a segment; only those that have none are made."""
-        of = (segment.version, segment.start, segment.codec, segment.heads)
+        of = identity(segment)
         lengths_H = segment.lengths
         longest = int(lengths_H.max())
         if old is None or old.of != of or bool((old.done > lengths_H).any()):

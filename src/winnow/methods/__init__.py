@@ -19,10 +19,13 @@ from winnow.methods.h2o import h2o
 from winnow.methods.lazy_eviction import lazy_eviction
 from winnow.methods.pbs_attn import pbs_attn
 from winnow.methods.prefix_reuse import prefix_reuse
+from winnow.methods.quest import quest
 from winnow.methods.snapkv import snapkv
 from winnow.methods.streaming_llm import streaming_llm
+from winnow.methods.think import think
 from winnow.methods.tidal_decode import tidal_decode
 from winnow.methods.tri_shape import tri_shape
+from winnow.methods.zipcache import zipcache
 from winnow.recipe import Recipe, Slot, nearest, parse_yaml, read_value
 
 __all__ = ["METHODS", "Method", "from_text", "load", "packaged", "rows"]
@@ -138,6 +141,22 @@ METHODS: dict[str, Method] = {
             saves="bytes stored and read of long outputs",
         ),
         Method(
+            name="think",
+            make=think,
+            stage="compression",
+            paper="arXiv 2407.21018",
+            needs="queries of the last prompt tokens",
+            saves="bytes of old keys: percent of a hundred channels",
+        ),
+        Method(
+            name="zipcache",
+            make=zipcache,
+            stage="compression",
+            paper="arXiv 2405.14256",
+            needs="queries of some prompt tokens; time to decode what is read",
+            saves="bytes stored and read: 4 or 2 bits by importance",
+        ),
+        Method(
             name="prefix-reuse",
             make=prefix_reuse,
             stage="retrieval",
@@ -151,6 +170,14 @@ METHODS: dict[str, Method] = {
             stage="loading",
             paper="arXiv 2410.05076",
             needs="nothing (layers)",
+            saves="bytes read per decode step",
+        ),
+        Method(
+            name="quest",
+            make=quest,
+            stage="loading",
+            paper="arXiv 2406.10774",
+            needs="nothing; keeps two vectors per page",
             saves="bytes read per decode step",
         ),
     )
