@@ -53,6 +53,8 @@ def make(kind: str, rows: int, width: int, seed: int = 0) -> torch.Tensor:
             return x.sort(dim=1).values
         case "periodic":  # repeats with any stride that a sample might use
             return torch.where(torch.arange(width) % 64 < 3, x + 10, x)
+        case "clustered":  # neighbours are alike, so that a line of the cache says little about a row
+            return x[:, ::40].repeat_interleave(40, dim=1)[:, :width] + x / 1000
         case "late":  # the largest all lie at the end, where a sample may not look
             x[:, -width // 50 :] += 100
             return x
@@ -64,7 +66,17 @@ def make(kind: str, rows: int, width: int, seed: int = 0) -> torch.Tensor:
     raise AssertionError(kind)
 
 
-KINDS = ["normal", "few values", "constant", "outliers", "ascending", "periodic", "late", "poisoned"]
+KINDS = [
+    "normal",
+    "few values",
+    "constant",
+    "outliers",
+    "ascending",
+    "periodic",
+    "clustered",
+    "late",
+    "poisoned",
+]
 
 
 @pytest.mark.parametrize("kind", KINDS)
