@@ -87,6 +87,17 @@ class Session:
         """Measured KV bytes held now, by ``tier/codec``."""
         return self._sequence.bytes_stored()
 
+    def head_bytes(self) -> list[list[int]]:
+        """Bytes of the entries by layer and KV head, borrowed ones included, without page rounding."""
+        store = self._sequence.store
+        return [
+            [
+                sum(int(segment.lengths[head]) * segment.bytes_per_entry for segment in segments)
+                for head in range(store.shape.heads)
+            ]
+            for segments in map(store.segments, range(store.layers))
+        ]
+
     # ------------------------------------------------------------------ disk
 
     def save(self, path: str | Path) -> None:

@@ -53,6 +53,8 @@ def interval(
     The expanded percentile interval (T. Hesterberg, "What Teachers Should Know about the
     Bootstrap", arXiv 1411.5279, section 4): percentile intervals of few examples are too narrow, so
     the percentiles are moved outwards as far as Student's t lies outside the normal distribution.
+    Resampled means never leave the range of the examples, so that of ``n`` examples no such interval
+    covers more than ``1 - 2 ** (1 - n)``: six are needed for 95 %.
     The random numbers are the same in every call.
 
     Parameters

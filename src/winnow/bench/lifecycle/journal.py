@@ -87,10 +87,8 @@ def _whole_length(path: Path) -> int:
     """Bytes up to the end of the last line that is whole."""
     data = path.read_bytes()
     end = data.rfind(b"\n") + 1
-    last = data[:end].rstrip(b"\n").rpartition(b"\n")[2]
-    if last and _parse(last) is None:
-        end -= len(last) + 1
-    return max(end, 0)
+    last = data.rfind(b"\n", 0, max(end - 1, 0)) + 1
+    return end if _parse(data[last:end]) is not None else last
 
 
 def _read(path: Path) -> list[dict[str, Any]]:

@@ -152,7 +152,7 @@ class _Session:
             child.close()
 
     def head_bytes(self) -> list[list[int]] | None:
-        return None
+        return self._session.head_bytes()
 
     def close(self) -> None:
         self._session.close()
