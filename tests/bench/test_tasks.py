@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import replace
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -30,6 +31,45 @@ def quarters(text):
 def words(text):
     """Another: words, digits one by one, and every other character."""
     return len(re.findall(r"[A-Za-z]+|\S", text))
+
+
+GUIDE = Path(__file__).parents[2] / "docs" / "guide" / "tasks.md"
+
+
+def table():
+    """The guide's table of tasks."""
+
+    def knobs(name):
+        listed = [
+            ", ".join(f"`{k}={v}`" for k, v in TASKS[name].knobs(form).items())
+            for form in ("text", "embedded")
+        ]
+        return " \\| ".join(part or "-" for part in listed[: len(TASKS[name].forms)])
+
+    rows = [
+        f"| {name} | {task.category} | {task.about} | {', '.join(task.forms)} | {knobs(name)} |"
+        for name, task in TASKS.items()
+    ]
+    return "\n".join(
+        ["| task | category | what it asks | forms | knobs |", "|---|---|---|---|---|", *rows, ""]
+    )
+
+
+def test_guide_lists_every_task_as_it_is():
+    text = GUIDE.read_text(encoding="utf-8")
+    assert table() in text
+    for name, task in TASKS.items():
+        section = next(part for part in text.split("\n### ")[1:] if name in part.split(":")[0])
+        assert all(f"`{knob}" in section for knob in task.text_knobs), name
+
+
+def test_guide_runs_and_names_every_scorer(capsys):
+    text = GUIDE.read_text(encoding="utf-8")
+    first = re.search(r"```python\n(.*?)```", text, re.DOTALL)
+    exec(compile(first[1], str(GUIDE), "exec"), {})
+    assert 'Key: "' in capsys.readouterr().out
+    used = {turn.scorer for name, form in FORMS for turn in make(name, form).turns}
+    assert all(f"| `{scorer}` |" in text for scorer in used)
 
 
 FORMS = [(name, form) for name, task in TASKS.items() for form in task.forms]
