@@ -184,6 +184,11 @@ class Recipe:
                 f"tokens whose entries come from a pool have none; leave retrieval out, or score by the "
                 f"last queries (window-attention)"
             )
+        if self.needs.random_queries and self.retrieval is not None:
+            raise ValueError(
+                f"recipe{self._called()}: its compression asks random prompt tokens for their queries, and "
+                f"tokens whose entries come from a pool have none; leave retrieval out, or give random=0"
+            )
         if self.profile is not None and not self.needs.profile:
             raise ValueError(
                 f"recipe{self._called()}: it names the profile {self.profile!r} but none of its parts "

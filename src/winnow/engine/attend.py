@@ -135,6 +135,8 @@ class StepAttention:
         sequence, loading = part.sequence, part.sequence.recipe.loading
         compression = sequence.compression
         watching = compression is not None and compression.wants_mass(prompt=False)
+        if compression is not None:
+            compression.queries.step(layer, q_THD, positions_T)
         segments = sequence.store.segments(layer)
         q_HD, position = q_THD[0], int(positions_T[0])
         view = EVERYTHING
@@ -158,17 +160,8 @@ class StepAttention:
         logits: list[Tensor] = []
         for segment, selection in zip(segments, selections, strict=True):
             seen = []
-            for piece, chosen in _pieces(segment, selection):
-                partial = decode(
-                    q_HD,
-                    piece,
-                    spec=spec,
-                    position=position,
-                    selection=chosen,
-                    want_logits=want_logits,
-                    backend=self._backend,
-                )
-                self._count(part.stats, segment, piece, chosen, partial)
+            for partial, lists in self._attended(segment, selection, q_HD, spec, position, want_logits):
+                self._count(part.stats, segment, lists, partial)
                 partials.append(partial)
                 seen.append(partial.logits)
             if want_logits:
@@ -180,19 +173,46 @@ class StepAttention:
             compression.watch(decode_glimpse(layer, position, segments, logits, partial))
         return partial
 
-    @staticmethod
-    def _count(
-        stats: Stats,
-        stored: Segment | EncodedSegment,
-        read: Segment,
+    def _attended(
+        self,
+        segment: Segment | EncodedSegment,
         selection: Selection | None,
-        partial: Partial,
-    ) -> None:
+        q_HD: Tensor,
+        spec: AttentionSpec,
+        position: int,
+        want_logits: bool,
+    ) -> Iterator[tuple[Partial, int]]:
+        """Attention over one stored segment, and how many lists of entries each result read."""
+        lists = segment.heads if selection is None else selection.indices.shape[0]
+        if isinstance(segment, EncodedSegment):
+            direct = segment.attend(
+                q_HD,
+                spec=spec,
+                position=position,
+                selection=selection,
+                want_logits=want_logits,
+                backend=self._backend,
+            )
+            if direct is not None:
+                yield direct, lists
+                return
+        for piece, chosen in _pieces(segment, selection):
+            partial = decode(
+                q_HD,
+                piece,
+                spec=spec,
+                position=position,
+                selection=chosen,
+                want_logits=want_logits,
+                backend=self._backend,
+            )
+            yield partial, lists
+
+    @staticmethod
+    def _count(stats: Stats, stored: Segment | EncodedSegment, lists: int, partial: Partial) -> None:
         stats.decode_score_entries += partial.pairs
-        query_heads = partial.lse.shape[1]
-        lists = read.heads if selection is None else selection.indices.shape[0]
-        # One list serves query_heads / lists query heads, which share each load.
-        entries = partial.pairs * lists // query_heads
+        # One list serves its share of the query heads, which share each load.
+        entries = partial.pairs * lists // partial.lse.shape[1]
         _add(stats.bytes_read, f"{stored.tier}/{stored.codec}", entries * stored.bytes_per_entry)
 
 

@@ -37,7 +37,7 @@ class Compression:
 
     def __init__(self, recipe: Compress, profile: Profile | None) -> None:
         self.recipe = recipe
-        self.queries = QueryWatch(recipe.needs)
+        self.queries = QueryWatch(recipe.needs, decoding=recipe.every > 0)
         self.acted = 0
         self._profile = profile
         self._score_state = recipe.score.state()

@@ -1,6 +1,8 @@
-"""Queries of a prompt that a compression asked for, collected across the chunks of a prefill."""
+"""Queries that a compression asked for: of a prompt, across its chunks, and the latest while decoding."""
 
 from __future__ import annotations
+
+from collections import deque
 
 import torch
 from torch import Tensor
@@ -11,14 +13,18 @@ __all__ = ["QueryWatch"]
 
 
 class QueryWatch:
-    """The last ``window_queries`` queries, and ``random_queries`` others.
+    """The last ``window_queries`` queries of a prompt, and ``random_queries`` others; or the latest.
 
     Parameters
     ----------
     needs : Needs
+    decoding : bool
+        Somebody asks while decoding too: the latest ``window_queries`` queries since the last :meth:`take`.
     """
 
-    def __init__(self, needs: Needs) -> None:
+    def __init__(self, needs: Needs, *, decoding: bool = False) -> None:
+        self._decoding = decoding and needs.window_queries > 0
+        self._latest: dict[int, deque[tuple[Tensor, Tensor]]] = {}
         self._window = needs.window_queries
         self._random = needs.random_queries
         self._drawn = torch.empty(0, dtype=torch.int32)
@@ -27,7 +33,7 @@ class QueryWatch:
 
     def begin(self, first: int, last: int, *, active: bool) -> None:
         """A prefill of positions ``first .. last - 1`` begins; nobody will ask unless ``active``."""
-        self._seen.clear()
+        self.forget()
         self._active = active and self._window + self._random > 0
         if self._active and self._random:
             others = max(0, last - first - self._window)
@@ -47,10 +53,21 @@ class QueryWatch:
             wanted_T[-self._window :] = True
         self._seen[layer] = (q_THD[wanted_T.to(q_THD.device)], positions_T[wanted_T])
 
+    def step(self, layer: int, q_1HD: Tensor, position_1: Tensor) -> None:
+        """Take the query of a decode step."""
+        if self._decoding:
+            latest = self._latest.setdefault(layer, deque(maxlen=self._window))
+            latest.append((q_1HD.clone(), position_1.cpu()))
+
     def take(self, layer: int) -> tuple[Tensor, Tensor] | None:
         """``[W, H * G, D]`` queries and their ``[W]`` positions, ascending; forgets them."""
+        latest = self._latest.pop(layer, None)
+        if latest:
+            queries, positions = zip(*latest, strict=True)
+            return torch.cat(queries), torch.cat(positions)
         return self._seen.pop(layer, None)
 
     def forget(self) -> None:
         """Drop everything (a prefill was interrupted)."""
         self._seen.clear()
+        self._latest.clear()

@@ -34,8 +34,8 @@ def zipcache(
     ----------
     percent : int
         Entries of every KV head that get the fewer bits, of a hundred (``k_unimportant_ratio``).
-    high, low : {8, 4, 2}
-        Bits of the two grades.
+    high, low : {16, 8, 4, 2}
+        Bits of the two grades; 16 leaves entries as computed.
     every : int
         Decode tokens between two gradings (``streaming_gap``, 100 in the code); until then new
         entries stay as computed.
@@ -62,8 +62,12 @@ def zipcache(
         compression=Compress(
             score=ProbeAttention(recent=recent, random=random),
             budget=Everything(),
-            act=Grade(high=f"separable:{high}", low=f"separable:{low}", percent=percent),
+            act=Grade(high=_codec(high), low=_codec(low), percent=percent),
             turns="every",
             every=every,
         ),
     )
+
+
+def _codec(bits: int) -> str:
+    return "raw" if bits == 16 else f"separable:{bits}"
