@@ -211,6 +211,8 @@ def test_bleu_by_hand():
     assert bleu(["a", "b", "c"], ["a", "b", "c"]) == pytest.approx((math.log(3) / 10) ** 0.25)
     assert bleu([], words) == 0
     assert bleu(["dog"], words) == 0
+    # of a single word only the first order counts
+    assert bleu(["cat"], words) == pytest.approx(math.exp(1 - 6))
 
 
 def test_rouge_by_hand():

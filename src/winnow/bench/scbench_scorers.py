@@ -135,7 +135,7 @@ def bleu(given: Sequence[str], wanted: Sequence[str]) -> float:
     """Sentence BLEU of up to four words with smoothing method 4 (Chen and Cherry, 2014).
 
     The i-th order without a match counts as ``log(n) / (5 * 2**i)`` matches, ``n`` the answer's
-    length and ``i`` the number of such orders so far.
+    length and ``i`` the number of such orders so far; of a single word such orders do not count.
     """
     if not given:
         return 0.0
@@ -149,7 +149,7 @@ def bleu(given: Sequence[str], wanted: Sequence[str]) -> float:
             empty += 1
             matches = log(len(given)) / (5 * 2**empty)
         if not matches:
-            return 0.0
+            continue
         logs += log(matches / max(1, have.total())) / 4
     brevity = 0.0 if len(given) > len(wanted) else 1 - len(wanted) / len(given)
     return exp(brevity + logs)
