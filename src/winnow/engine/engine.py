@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Protocol
 
 import torch
@@ -15,10 +16,13 @@ from winnow.engine.request import Result, Sample, SamplingParams, Stats
 from winnow.engine.sampling import generator, logprob_record, sample
 from winnow.engine.scheduler import Limits, share
 from winnow.engine.sequence import Holder, Sequence
+from winnow.engine.steer import Steer
+from winnow.engine.stopping import until_stop
 from winnow.kernels.backend import Backend
 from winnow.profiles import load_profile
 from winnow.recipe import Recipe
 from winnow.retrieval.protocol import Match, Pool
+from winnow.store.arena import PAGE
 from winnow.store.sequence import SequenceStore
 from winnow.types import LanguageModel, Profile
 
@@ -62,6 +66,7 @@ class _Run:
     submitted: float
     stream: torch.Generator | None
     words: TextStream | None
+    steer: Steer | None
     siblings: list[_Run] = field(default_factory=list)  # samples that wait for this prompt
     held: str = ""  # text that may be the beginning of a stop string
     first_token_at: float = 0.0
@@ -75,6 +80,15 @@ class _Run:
     @property
     def prompting(self) -> bool:
         return self.sequence.store.length < self.prompt_end
+
+
+@dataclass(frozen=True)
+class _Suspended:
+    """A run whose entries are in a file."""
+
+    run: _Run
+    path: Path
+    bytes: int
 
 
 class Engine:
@@ -112,6 +126,8 @@ class Engine:
             self.profile = load_profile(recipe.profile, model=model.fingerprint)
         self._running: list[_Run] = []
         self._waiting: list[_Run] = []
+        self._suspended: dict[int, list[_Suspended]] = {}  # by number of the result
+        self._prompts: list[Sequence] = []  # read by several samples
 
     # ------------------------------------------------------------------ requests
 
@@ -135,8 +151,9 @@ class Engine:
         *,
         sequence: Sequence | None = None,
         salt: str = "",
+        steer: Callable[[], Steer] | None = None,
     ) -> Result:
-        """Queue a request; :meth:`events` runs it.
+        """Queue a request; :meth:`events` or :meth:`step` runs it.
 
         Parameters
         ----------
@@ -147,6 +164,8 @@ class Engine:
             Continue this one (it stays open afterwards); None starts a new one.
         salt : str
             Requests of different salts share nothing through the pool.
+        steer : callable or None
+            Makes what bends the logits of one sample; log-probabilities stay those of the model.
 
         Raises
         ------
@@ -182,6 +201,7 @@ class Engine:
                 submitted=now,
                 stream=generator(params, s.index),
                 words=self._words() if self._words else None,
+                steer=steer() if steer is not None else None,
                 prompt_end=len(own.tokens),
                 begin=begin,
             )
@@ -212,6 +232,14 @@ class Engine:
                 for one in [run, *run.siblings]:
                     one.sample.finish_reason = "cancelled"
                 self._end_sequence(run)
+        for parked in self._suspended.pop(result.number, []):
+            parked.run.sample.finish_reason = "cancelled"
+            parked.path.unlink()
+
+    @property
+    def busy(self) -> bool:
+        """Whether anything runs or waits to run; suspended requests do neither."""
+        return bool(self._running or self._waiting)
 
     # ------------------------------------------------------------------ the loop
 
@@ -222,23 +250,37 @@ class Engine:
         and rolls a session's sequence back to where its turn began.
         """
         try:
-            while self._running or self._waiting:
-                while self._waiting and len(self._running) < self.limits.max_num_seqs:
-                    run = self._waiting.pop(0)
-                    self._running.append(run)
-                yield from self._step()
+            while self.busy:
+                yield from self.step()
                 if progress is not None:
                     progress(*self._progress())
         except BaseException:
-            for run in [*self._running, *self._waiting]:
-                run.sample.finish_reason = run.sample.finish_reason or "cancelled"
-                if run.keep:
-                    run.sequence.rollback(*run.begin)
-                else:
-                    run.sequence.close()
-            self._running.clear()
-            self._waiting.clear()
+            self.abort()
             raise
+
+    def step(self) -> list[Event]:
+        """Start what may run, advance it by one step, and return the tokens that were drawn.
+
+        For callers that have something to do between steps; others take :meth:`events`. After an
+        exception :meth:`abort` leaves a clean engine.
+        """
+        while self._waiting and len(self._running) < self.limits.max_num_seqs:
+            self._running.append(self._waiting.pop(0))
+        return self._step()
+
+    def abort(self) -> None:
+        """End every request: free its sequence, or roll a session's back to where its turn began."""
+        for run in [*self._running, *self._waiting]:
+            for one in [run, *run.siblings]:
+                one.sample.finish_reason = one.sample.finish_reason or "cancelled"
+            if run.keep:
+                run.sequence.rollback(*run.begin)
+            else:
+                run.sequence.close()
+        self._running.clear()
+        self._waiting.clear()
+        for result in [parked[0].run.result for parked in self._suspended.values()]:
+            self.cancel(result)
 
     def _progress(self) -> tuple[int, int, int]:
         done = total = generated = 0
@@ -248,10 +290,13 @@ class Engine:
             generated += len(run.sample.token_ids)
         return done, total, generated
 
-    def _step(self) -> list[Event]:
+    def _shares(self, runs: list[_Run]) -> list[int]:
         generation = self.recipe.generation
         multiple = generation.chunk_multiple if generation is not None else 1
-        shares = share([(r.pending, multiple, r.sequence.store.length) for r in self._running], self.limits)
+        return share([(r.pending, multiple, r.sequence.store.length) for r in runs], self.limits)
+
+    def _step(self) -> list[Event]:
+        shares = self._shares(self._running)
         slices: list[Slice] = []
         runs: list[_Run] = []
         tokens: list[int] = []
@@ -349,7 +394,8 @@ class Engine:
             return []
         prompt, siblings = run.sequence, run.siblings
         run.siblings = []
-        holder = Holder(prompt.close)
+        self._prompts.append(prompt)
+        holder = Holder(lambda: self._end_prompt(prompt))
         for one in [run, *siblings]:
             one.sequence = self.new_sequence()
             one.sequence.share(holder, prompt)
@@ -357,10 +403,15 @@ class Engine:
         self._running += siblings
         return siblings
 
+    def _end_prompt(self, prompt: Sequence) -> None:
+        self._prompts.remove(prompt)
+        prompt.close()
+
     def _draw(self, run: _Run, logits_V: torch.Tensor) -> Event:
         now = time.perf_counter()
-        token = sample(logits_V, run.params, run.stream)
         got = run.sample
+        bent_V = logits_V if run.steer is None else run.steer(logits_V, got.token_ids)
+        token = sample(bent_V, run.params, run.stream)
         if run.params.logprobs is not None and got.logprobs is not None:
             got.logprobs.append(logprob_record(logits_V, token, run.params.logprobs))
         stats = run.result.stats
@@ -392,25 +443,10 @@ class Engine:
 
     @staticmethod
     def _until_stop(run: _Run, text: str) -> tuple[str, bool]:
-        """Text that is safe to show, and whether a stop string was met."""
         if not run.params.stop:
             return text, False
-        run.held += text
-        found = [at for stop in run.params.stop if (at := run.held.find(stop)) >= 0]
-        if found:
-            return run.held[: min(found)], True
-        # Hold back the longest tail that could still grow into a stop string.
-        keep = max(
-            (
-                n
-                for stop in run.params.stop
-                for n in range(min(len(stop) - 1, len(run.held)), 0, -1)
-                if run.held.endswith(stop[:n])
-            ),
-            default=0,
-        )
-        shown, run.held = run.held[: len(run.held) - keep], run.held[len(run.held) - keep :]
-        return shown, False
+        shown, run.held, stopped = until_stop(run.held + text, run.params.stop)
+        return shown, stopped
 
     # ------------------------------------------------------------------ ends
 
@@ -428,7 +464,96 @@ class Engine:
         if not run.keep:
             run.sequence.close()
 
+    # ------------------------------------------------------------------ memory
+
+    def bytes_of(self, tokens: int) -> int:
+        """Most bytes that ``tokens`` new tokens of one sequence add, in whole memory pages."""
+        model = self.model
+        row = -(-tokens * model.head_dim * model.dtype.itemsize // PAGE) + 1
+        return 2 * model.layers * model.kv_heads * row * PAGE
+
+    def bytes_held(self) -> int:
+        """Measured bytes of all requests' own entries; the pool's are not among them."""
+        return sum(sequence.bytes_owned() for sequence in self._sequences())
+
+    def bytes_stored(self) -> dict[str, int]:
+        """The same by ``tier/codec``."""
+        held: dict[str, int] = {}
+        for sequence in self._sequences():
+            for kind, count in sequence.bytes_stored().items():
+                if kind != "host/shared":
+                    held[kind] = held.get(kind, 0) + count
+        return held
+
+    def bytes_promised(self) -> int:
+        """Bytes that the requests hold once every prompt and one more token are computed."""
+        runs = [*self._running, *self._waiting]
+        return self.bytes_held() + sum(self.bytes_of(max(run.pending, 1)) for run in runs)
+
+    def growth(self) -> int:
+        """Most bytes that the next step adds."""
+        return sum(self.bytes_of(count) for count in self._next_shares() if count)
+
+    def planned(self) -> int:
+        """Tokens that the next step computes."""
+        return sum(self._next_shares())
+
+    def _next_shares(self) -> list[int]:
+        room = max(self.limits.max_num_seqs - len(self._running), 0)
+        return self._shares([*self._running, *self._waiting[:room]])
+
+    def _sequences(self) -> list[Sequence]:
+        return [*(run.sequence for run in [*self._running, *self._waiting]), *self._prompts]
+
+    def suspend(self, result: Result, directory: Path) -> None:
+        """Send every sample of a request to disk; it goes on after :meth:`resume` as if nothing had been.
+
+        Parameters
+        ----------
+        result : Result
+            A request that is running or waiting, and no session's.
+        directory : Path
+
+        Raises
+        ------
+        winnow.store.files.StoreFileError
+            No space or no permission there; a sample that is not on disk yet still runs.
+        """
+        for queue in (self._running, self._waiting):
+            for run in [r for r in queue if r.result is result]:
+                assert not run.keep, "a session's sequence belongs to its session"
+                path = directory / f"{result.number}-{run.sample.index}.kv"
+                held = run.sequence.suspend(path)
+                queue.remove(run)
+                self._suspended.setdefault(result.number, []).append(_Suspended(run, path, held))
+
+    def bytes_suspended(self, result: Result) -> int:
+        """Bytes that :meth:`resume` takes."""
+        return sum(parked.bytes for parked in self._suspended[result.number])
+
+    def resume(self, result: Result) -> None:
+        """Bring a suspended request back; nothing is computed again.
+
+        Raises
+        ------
+        winnow.store.files.StoreFileError
+            A file is damaged; cancel the request.
+        """
+        parked = self._suspended[result.number]
+        while parked:
+            parked[0].run.sequence.resume(parked[0].path, str(self.model.device))
+            self._running.append(parked.pop(0).run)
+        del self._suspended[result.number]
+
     # ------------------------------------------------------------------ reuse
+
+    def reusable(self, tokens: Seq[int], salt: str = "") -> int:
+        """Leading tokens that :meth:`submit` would find in the pool now."""
+        if self.pool is None:
+            return 0
+        match = self._match(self.pool, tokens, salt)
+        self.pool.release(match)
+        return match.length
 
     def _namespace(self, salt: str) -> str:
         chunk = "" if self.recipe.generation is None else f"/{self.limits.max_num_batched_tokens}"
@@ -444,15 +569,19 @@ class Engine:
     def _reuse(self, sequence: Sequence, tokens: Seq[int], salt: str) -> None:
         if self.pool is None:
             return
-        namespace = self._namespace(salt)
-        match: Match = self.pool.match(tokens, namespace)
-        if (whole := self._whole(match.length)) < match.length:
-            self.pool.release(match)
-            match = self.pool.match(tokens[: whole + 1], namespace)
+        match = self._match(self.pool, tokens, salt)
         if match.length:
             sequence.borrow(match, self.pool)
         else:
             self.pool.release(match)
+
+    def _match(self, pool: Pool, tokens: Seq[int], salt: str) -> Match:
+        namespace = self._namespace(salt)
+        match = pool.match(tokens, namespace)
+        if (whole := self._whole(match.length)) < match.length:
+            pool.release(match)
+            match = pool.match(tokens[: whole + 1], namespace)
+        return match
 
     def _give(self, sequence: Sequence) -> None:
         """Copy into the pool what of a sequence depends on its tokens alone."""

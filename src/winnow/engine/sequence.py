@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from winnow.engine.compress import Compression
 from winnow.recipe import Recipe
 from winnow.retrieval.protocol import Match, Pool
+from winnow.store import files
 from winnow.store.sequence import SequenceStore
 from winnow.types import Profile
 
@@ -97,6 +99,38 @@ class Sequence:
         if loading is not None and (side := loading.state_bytes(self.loading_state)):
             held["host/index"] = side
         return held
+
+    def bytes_owned(self) -> int:
+        """Measured KV bytes that go when this sequence closes: what is borrowed is not among them."""
+        return sum(n for kind, n in self.bytes_stored().items() if kind != "host/shared")
+
+    def suspend(self, path: Path) -> int:
+        """Write every entry to a file and free them; :meth:`resume` brings them back.
+
+        Returns
+        -------
+        int
+            Bytes that they will take in memory again, borrowed ones included.
+
+        Raises
+        ------
+        winnow.store.files.StoreFileError
+            No space or no permission; nothing has changed.
+        """
+        held = sum(self.store.bytes().values()) + self.store.shared_bytes()
+        files.save(self.store, path, {})
+        self.close()
+        return held
+
+    def resume(self, path: Path, device: str) -> None:
+        """Read back what :meth:`suspend` wrote, and remove the file.
+
+        Side data of a selector is keyed by the segments that are gone: it is built anew.
+        """
+        self.store, _ = files.load(path, device=device)
+        if self.recipe.loading is not None:
+            self.loading_state = self.recipe.loading.state()
+        path.unlink()
 
     def rollback(self, tokens: int, computed: int, turns: int) -> None:
         """Forget what came after ``tokens`` tokens, of which ``computed`` have entries.

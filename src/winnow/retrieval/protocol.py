@@ -55,6 +55,14 @@ class Pool(Protocol):
         """Bytes that the pool holds, measured from its live allocations."""
         ...
 
+    def resize(self, capacity_bytes: int) -> None:
+        """Set the most memory that the pool may hold; what exceeds it and is not locked goes now."""
+        ...
+
+    def clear(self) -> None:
+        """Forget everything that is not locked."""
+        ...
+
 
 @dataclass(eq=False, kw_only=True)
 class Chunk:

@@ -238,6 +238,21 @@ class RadixPool:
         with self._mutex:
             return self._bytes
 
+    def resize(self, capacity_bytes: int) -> None:
+        """Set the most memory that the pool may hold; what exceeds it and is not locked goes now."""
+        with self._mutex:
+            self._capacity = capacity_bytes
+            while self._bytes > capacity_bytes and self._evict():
+                pass
+            self._drop_empty_roots()
+
+    def clear(self) -> None:
+        """Forget everything that is not locked."""
+        with self._mutex:
+            while self._evict():
+                pass
+            self._drop_empty_roots()
+
     # ------------------------------------------------------------------ the tree
 
     def _insert(self, root: _Node, key: _Key, layers: Sequence[Sequence[Segment]], form: _Form) -> int:
