@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from jinja2.exceptions import TemplateError
 from transformers import PreTrainedTokenizerBase
@@ -43,7 +44,9 @@ class Text:
         """Whether the tokenizer brings a chat template."""
         return bool(self.tokenizer.chat_template)
 
-    def chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+    def chat(
+        self, messages: Sequence[Mapping[str, Any]], *, tools: Sequence[Mapping[str, Any]] | None = None
+    ) -> list[int]:
         """Token ids of a conversation, up to where the assistant answers.
 
         The template is a program that came with the model; `transformers` runs it in Jinja's sandbox.
@@ -51,6 +54,9 @@ class Text:
         Parameters
         ----------
         messages : sequence of {"role": str, "content": str}
+            Further fields (``tool_calls``, ``tool_call_id``, ``name``) reach the template as they are.
+        tools : sequence of dict or None
+            Functions as OpenAI's interface describes them; a template without tools ignores them.
 
         Raises
         ------
@@ -69,6 +75,7 @@ class Text:
         try:
             ids = self.tokenizer.apply_chat_template(
                 [dict(message) for message in messages],
+                tools=None if tools is None else [dict(tool) for tool in tools],
                 add_generation_prompt=True,
                 tokenize=True,
                 return_dict=False,
