@@ -81,6 +81,7 @@ def drive(recipe, q: Tensor, k: Tensor, v: Tensor, *, prompt: int, chunk: int | 
         store.append(0, k[at:end], v[at:end], positions)
         segments = store.segments(0)
         if at < prompt:
+            segments = tuple(segment.decode() for segment in segments)
             compression.queries.see(0, q[at:end], positions)
             parts = [prefill(q[at:end], s, spec=spec, query_positions=positions) for s in segments]
             partial = merge(parts)
@@ -89,10 +90,14 @@ def drive(recipe, q: Tensor, k: Tensor, v: Tensor, *, prompt: int, chunk: int | 
                 compression.watch(seen)
         else:
             want = compression.wants_mass(prompt=False)
-            parts = [decode(q[at], s, spec=spec, position=at, want_logits=want) for s in segments]
-            partial = merge(parts)
+            tiles = [list(segment.tiles(1024)) for segment in segments]
+            parts = [
+                [decode(q[at], tile, spec=spec, position=at, want_logits=want) for tile in of_one]
+                for of_one in tiles
+            ]
+            partial = merge([part for of_one in parts for part in of_one])
             if want:
-                logits = [one.logits for one in parts]
+                logits = [torch.cat([part.logits for part in of_one], -1) for of_one in parts]
                 compression.watch(decode_glimpse(0, at, segments, logits, partial))
         store.advance(end - at)
         if end == prompt:

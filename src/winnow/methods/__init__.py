@@ -15,6 +15,7 @@ from winnow.methods.a_shape import a_shape
 from winnow.methods.adakv import adakv
 from winnow.methods.anchor_attention import anchor_attention
 from winnow.methods.d2o import d2o
+from winnow.methods.gear import gear
 from winnow.methods.h2o import h2o
 from winnow.methods.lazy_eviction import lazy_eviction
 from winnow.methods.pbs_attn import pbs_attn
@@ -155,6 +156,14 @@ METHODS: dict[str, Method] = {
             paper="arXiv 2405.14256",
             needs="queries of some prompt tokens; time to decode what is read",
             saves="bytes stored and read: 4 or 2 bits by importance",
+        ),
+        Method(
+            name="gear",
+            make=gear,
+            stage="compression",
+            paper="arXiv 2403.05527",
+            needs="time to decode what is read",
+            saves="bytes stored and read: a third to a quarter, nearly without loss",
         ),
         Method(
             name="prefix-reuse",

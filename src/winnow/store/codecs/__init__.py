@@ -6,6 +6,7 @@ import difflib
 from collections.abc import Callable
 
 from winnow.store.codecs.encoded import EncodedSegment
+from winnow.store.codecs.gear import Gear
 from winnow.store.codecs.int2 import Int2
 from winnow.store.codecs.int4 import Int4
 from winnow.store.codecs.int8 import Int8
@@ -30,7 +31,14 @@ __all__ = [
 CODECS: dict[str, Codec] = {codec.name: codec for codec in (Raw(), Int8(), Int4(), Int2())}
 """Codecs without parameters, by name."""
 
-FAMILIES: dict[str, Callable[[int], Codec]] = {"thin": Thin, "separable": Separable}
+FAMILIES: dict[str, Callable[[int], Codec]] = {
+    "thin": Thin,
+    "separable": Separable,
+    "gear4": lambda rank: Gear(4, rank),
+    "gear2": lambda rank: Gear(2, rank),
+    "gear-l4": lambda rank: Gear(4, rank, outliers=False),
+    "gear-l2": lambda rank: Gear(2, rank, outliers=False),
+}
 """Codecs with a number, written ``name:number``."""
 
 _MADE: dict[str, Codec] = {}

@@ -26,6 +26,13 @@ class Kivi(Decoded):
     bits: Literal[2, 4]
     name: str
 
+    @staticmethod
+    def of(bits: Literal[2, 4]) -> Kivi:
+        """The form at so many bits, for codecs that add to it."""
+        plain = Kivi()
+        plain.bits, plain.name = bits, f"int{bits}"
+        return plain
+
     def planes(self, head_dim: int, dtype: torch.dtype) -> tuple[Plane, ...]:
         if head_dim * self.bits % 8:
             raise ValueError(
