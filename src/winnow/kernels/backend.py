@@ -19,16 +19,21 @@ _log = logging.getLogger("winnow.kernels")
 
 
 @cache
-def extension() -> ModuleType | None:
-    """The compiled extension, or None where it was not built (said once)."""
+def _load() -> tuple[ModuleType | None, str]:
+    """The compiled extension, or None and why not (said once)."""
     try:
-        return import_module("winnow._native")
-    except ImportError:
-        _log.warning(
-            "native kernels were not built, running on the reference kernels; "
-            "install a C++ compiler and reinstall winnow-llm to get them"
-        )
-        return None
+        return import_module("winnow._native"), ""
+    except ModuleNotFoundError:
+        why = "were not built; install a C++ compiler and reinstall winnow-llm to get them"
+    except ImportError as error:  # there is a file, and this system's loader refuses it
+        why = f"cannot be loaded ({error}); reinstall winnow-llm from its source on this machine"
+    _log.warning("running on the reference kernels: the native kernels %s", why)
+    return None, why
+
+
+def extension() -> ModuleType | None:
+    """The compiled extension, or None where it was not built or cannot be loaded (said once)."""
+    return _load()[0]
 
 
 def isas() -> list[str]:
@@ -41,7 +46,7 @@ def force_isa(name: str) -> None:
     """Run the native kernels on one instruction set (tests force each in turn)."""
     native = extension()
     if native is None:
-        raise ValueError("there are no native kernels to force; install a C++ compiler and reinstall")
+        raise ValueError(f"there is nothing to force: the native kernels {_load()[1]}")
     native.force_isa(name)
 
 
@@ -80,7 +85,7 @@ def choose(op: str, backend: Backend, device: torch.device, *, unsupported: str 
         if device.type != "cpu":
             unsupported = f"operands lie on {device}"
         elif extension() is None:
-            unsupported = "the extension was not built"
+            raise ValueError(f"{op}: the native kernels {_load()[1]}")
         if unsupported:
             raise ValueError(f"{op}: the native kernel cannot run: {unsupported}; use backend='auto'")
         return "native"
