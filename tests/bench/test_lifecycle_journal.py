@@ -50,7 +50,7 @@ def test_a_damaged_line_before_the_last_is_refused(tmp_path):
     lines = (tmp_path / NAME).read_bytes().split(b"\n")
     lines[2] = lines[2][:10]
     (tmp_path / NAME).write_bytes(b"\n".join(lines))
-    with pytest.raises(ValueError, match="line 3 of .* is damaged"):
+    with pytest.raises(ValueError, match=r"line 3 of .* is damaged"):
         entries(tmp_path)
 
 

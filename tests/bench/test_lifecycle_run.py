@@ -185,14 +185,14 @@ def test_every_mode_equals_one_long_prompt(llm):
 
 
 def test_what_was_compressed_while_decoding_is_replayed(llm):
-    dropping = "streaming-llm:init=4,local=64"
+    dropping = "streaming-llm:sinks=4,recent=64,every=1"
     system = WinnowSystem(dropping, llm, recipe(dropping))
     example = Unit(task="kv", length=512, number=0, mode="multi-turn").example(
         default(**{**SMALL, "turns": 3}), lambda text: len(llm.tokens(text))
     )
     record = modes.hold(system, "multi-turn", example)
-    assert record.replayed_tokens > 512
     opening = len(llm.tokens(example.opening))
+    assert record.replayed_tokens > opening
     for number, turn in enumerate(record.questions):
         asked = opening + sum(
             len(llm.tokens(example.join.ask(t.question), special=False)) for t in example.turns[: number + 1]
@@ -268,6 +268,7 @@ def test_a_finished_run_is_not_repeated_and_not_overwritten(small, llm):
         run(default(**SMALL, recipes=["sparse-read"]), directory, llm=llm, resume=True)
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_where_it_stopped(small, tmp_path):
     """A real kill -9 while it works, and the torn line that a power cut would leave."""
     arguments = ["--tasks", "kv,many-shot", "--lengths", "512", "--examples", "1", "--turns", "2"]
@@ -314,7 +315,9 @@ def test_a_recipe_that_fails_is_reported_and_tried_again(llm, tmp_path, monkeypa
     summary = run(config, tmp_path, llm=llm)
     assert [f["error"] for f in summary["failures"]] == ["not today"] * 2
     assert {row["system"] for row in summary["rows"]} == {"full"}
-    assert any("2 examples were refused" in note for note in live.notes(summary))
+    assert any(
+        "Refused examples: 2, the first by sparse-read: not today" in note for note in live.notes(summary)
+    )
     monkeypatch.setattr(WinnowSystem, "open", real)
     again = run(config, tmp_path, llm=llm, resume=True)
     assert again["failures"] == []
@@ -373,6 +376,7 @@ def test_a_missing_peer_is_reported_as_missing(llm, tmp_path):
         run(default(**SMALL, peers=["vllm"]), tmp_path / "other", llm=llm)
 
 
+@pytest.mark.slow
 def test_transformers_as_a_peer_gives_the_same_answers(llm, tmp_path):
     """Its own process and cache, the same examples: full attention agrees, token for token."""
     config = default(**{**SMALL, "tasks": ["kv"]}, recipes=[], peers=["hf:dynamic"])
@@ -409,6 +413,9 @@ def test_llama_cpp_as_a_peer_gives_the_same_answers(llm, tmp_path):
 
 def test_a_journal_alone_gives_the_summary(small):
     summary, directory = small
-    assert load(directory) == summary
+    sessions = {"machine", "sessions"}
+    assert {k: v for k, v in load(directory).items() if k not in sessions} == {
+        k: v for k, v in summary.items() if k not in sessions
+    }
     with pytest.raises(ValueError, match="there is no run"):
         load(Path("no-such-directory"))

@@ -122,7 +122,7 @@ def _share(scores: list[float]) -> str:
 
 def _table(first: str, *others: str, title: str | None = None) -> Table:
     out = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, title=title)
-    out.add_column(first, overflow="fold", min_width=14)
+    out.add_column(first, overflow="fold", min_width=12)
     for name in others:
         out.add_column(name, justify="right", no_wrap=True)
     return out
@@ -132,8 +132,8 @@ def table(summary: Mapping[str, Any]) -> Iterator[Table]:
     """One table per mode: quality with its interval, and costs, beside the baseline's."""
     for mode in summary["config"]["modes"]:
         out = _table(
-            *("system", "turn 1", "later turns", "first\ntoken", "tokens\nper s", "scores"),
-            *("KV stored\n(nominal)", "KV read\n(nominal)"),
+            *("system", "turn 1", "later", "first\ntoken", "tokens\nper s", "scores"),
+            *("KV\nstored", "KV\nread"),
             title=mode,
         )
         for row in summary["rows"]:
@@ -147,10 +147,10 @@ def table(summary: Mapping[str, Any]) -> Iterator[Table]:
 
 def _cells(row: Mapping[str, Any]) -> Iterator[str]:
     part, cost, beside = row["scores"]["part"], row["cost"], row["beside_baseline"]
-    yield row["system"]
+    yield row["system"].replace(",", ", ")
     for name in ("first", "later"):
         one = part.get(name)
-        yield f"{_percent(one['mean'])}\n{_percent(one['low'])} to {_percent(one['high'])}" if one else ""
+        yield f"{_percent(one['mean'])}\n{100 * one['low']:.0f}-{_percent(one['high'])}" if one else ""
     yield f"{cost['first_token_seconds']:.2f} s"
     yield f"{cost['decode_tokens_per_second']:.0f}" if cost["decode_tokens_per_second"] else ""
     yield _percent(beside["score_entries"])
@@ -159,7 +159,7 @@ def _cells(row: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _percent(share: float | None) -> str:
-    return "not known" if share is None else f"{share:.0%}"
+    return "unknown" if share is None else f"{share:.0%}"
 
 
 def notes(summary: Mapping[str, Any]) -> list[str]:
@@ -172,5 +172,5 @@ def notes(summary: Mapping[str, Any]) -> list[str]:
     out += [f"{s['name']} is missing: {s['missing']}" for s in summary["systems"] if s["missing"]]
     if failures := summary["failures"]:
         first = failures[0]
-        out.append(f"{len(failures)} examples were refused, the first by {first['key'][0]}: {first['error']}")
+        out.append(f"Refused examples: {len(failures)}, the first by {first['key'][0]}: {first['error']}")
     return out

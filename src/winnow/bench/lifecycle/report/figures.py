@@ -12,7 +12,10 @@ from winnow.bench.lifecycle.report import svg
 from winnow.bench.lifecycle.report.svg import tag
 from winnow.bench.lifecycle.summary import DEPTHS
 
-__all__ = ["Figure", "frontiers", "head_maps", "kind_class", "length_by_depth", "table", "turn_curves"]
+__all__ = [
+    *("Figure", "frontiers", "head_maps", "kind_class", "label"),
+    *("length_by_depth", "markup_table", "table", "turn_curves"),
+]
 
 Row = Mapping[str, Any]
 
@@ -24,6 +27,7 @@ class Figure:
     panels: Sequence[tuple[str, str, str]]
     about: str
     table: str
+    small: bool = False
 
     @property
     def html(self) -> str:
@@ -34,7 +38,7 @@ class Figure:
         )
         return tag(
             "figure",
-            tag("div", shown, class_="panels"),
+            tag("div", shown, class_="panels small" if self.small else "panels"),
             tag("figcaption", self.about),
             tag("details", tag("summary", "The same as a table"), self.table),
         )
@@ -50,12 +54,23 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]], *, caption: str) -
     return markup_table(head, [[escape(cell) for cell in row] for row in rows], caption=caption)
 
 
-def markup_table(head: Sequence[str], rows: Sequence[Sequence[str]], *, caption: str) -> str:
-    """As :func:`table`, of cells that are markup already."""
+def markup_table(
+    head: Sequence[str], rows: Sequence[Sequence[str]], *, caption: str, headed: bool = False
+) -> str:
+    """As :func:`table`, of cells that are markup already; ``headed`` says that a heading stands above."""
     top = tag("tr", *(tag("th", escape(cell), scope="col") for cell in head))
     body = (tag("tr", tag("th", row[0], scope="row"), *(tag("td", cell) for cell in row[1:])) for row in rows)
-    inside = tag("caption", escape(caption)) + tag("thead", top) + tag("tbody", *body)
+    named = tag("caption", escape(caption), class_="unseen" if headed else None)
+    inside = named + tag("thead", top) + tag("tbody", *body)
     return tag("div", tag("table", inside), class_="scroll", tabindex="0", role="region", aria_label=caption)
+
+
+def label(name: str) -> str:
+    """A system's name as markup: parameters in small type beneath it."""
+    source, _, listed = name.partition(":")
+    if "=" not in listed:
+        return escape(name)
+    return escape(source) + tag("small", escape(listed.replace(",", ", ")))
 
 
 def _numbers(summary: Mapping[str, Any]) -> dict[str, int]:
@@ -71,7 +86,7 @@ def _rows(summary: Mapping[str, Any], mode: str) -> list[Row]:
 
 
 def _heading(summary: Mapping[str, Any], name: str) -> str:
-    return tag("span", str(_numbers(summary)[name]), class_="n") + " " + escape(name)
+    return tag("span", str(_numbers(summary)[name]), class_="n") + " " + label(name)
 
 
 # ---------------------------------------------------------------------- quality against cost
@@ -159,6 +174,7 @@ def turn_curves(summary: Mapping[str, Any], mode: str) -> Figure:
         cells.append([row["system"], *(f"{m:.0%} ({low:.0%} to {high:.0%})" for m, low, high in mine)])
     return Figure(
         panels=panels,
+        small=True,
         about="Right answers by turn; shaded: 95 % interval; dashed: the uncompressed baseline.",
         table=table(
             ["system", *(f"turn {t}" for t in turns)], cells, caption=f"Right answers by turn, {mode}"
@@ -172,7 +188,7 @@ def turn_curves(summary: Mapping[str, Any], mode: str) -> Figure:
 def length_by_depth(summary: Mapping[str, Any], mode: str) -> Figure | None:
     """Right answers by length of the context and by where in it the answer lies."""
     kinds, lengths = _kinds(summary), sorted(summary["config"]["lengths"])
-    columns = [f"{100 * i // DEPTHS} to {100 * (i + 1) // DEPTHS}" for i in range(DEPTHS)]
+    columns = [f"{100 * i // DEPTHS}-{100 * (i + 1) // DEPTHS}" for i in range(DEPTHS)]
     panels, cells = [], []
     for row in _rows(summary, mode):
         known = row["scores"]["length and depth"]
@@ -194,6 +210,7 @@ def length_by_depth(summary: Mapping[str, Any], mode: str) -> Figure | None:
         return None
     return Figure(
         panels=panels,
+        small=True,
         about="Right answers in per cent: length of the context in tokens (down) by depth of the answer "
         "(across). Only questions whose answer lies in one place.",
         table=table(
@@ -237,6 +254,7 @@ def head_maps(summary: Mapping[str, Any], mode: str) -> Figure | None:
     heads = max(len(one["bytes"][0]) for one in known)
     return Figure(
         panels=panels,
+        small=True,
         about=f"{unit} of entries by layer and KV head after the last turn, mean over the examples of "
         f"{_length(known[0]['length'])} tokens; all panels share one scale.",
         table=table(

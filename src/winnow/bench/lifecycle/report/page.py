@@ -31,10 +31,11 @@ def page(summary: Mapping[str, Any]) -> str:
     style = (Path(__file__).parent / "style.css").read_text(encoding="utf-8")
     config, machine = summary["config"], summary["machine"]
     title = f"Lifecycle of {config['model']}"
-    lengths = ", ".join(str(length) for length in config["lengths"])
+    sizes = ", ".join(str(length) for length in config["lengths"])
+    tasks, examples = _count(len(config["tasks"]), "task"), _count(config["examples"], "example")
     lead = (
-        f"{len(config['tasks'])} tasks at {lengths} tokens, {config['examples']} examples each with "
-        f"{config['turns']} questions; {machine['cpu']['name']}, {machine['cores']} cores, {machine['time']}."
+        f"{tasks} at {sizes} tokens, {examples} each with {_count(config['turns'], 'question')}; "
+        f"{machine['cpu']['name']}, {machine['cores']} cores, {machine['time']}."
     )
     modes = [mode for mode in config["modes"] if any(row["mode"] == mode for row in summary["rows"])]
     body = [
@@ -55,13 +56,20 @@ def page(summary: Mapping[str, Any]) -> str:
     return f'<!doctype html>\n<html lang="en"><head>{head}</head><body>{tag("main", *body)}</body></html>\n'
 
 
+def _count(number: int, name: str) -> str:
+    return f"{number} {name}" if number == 1 else f"{number} {name}s"
+
+
 def _section(heading: str, *parts: str) -> str:
     return tag("section", tag("h2", escape(heading)), *parts)
 
 
 def _badge(number: int, name: str, kind: str) -> str:
     return tag(
-        "span", tag("span", str(number), class_="n"), " " + escape(name), class_=f"tag {kind_class(kind)}"
+        "span",
+        tag("span", str(number), class_="n"),
+        " " + figures.label(name),
+        class_=f"tag {kind_class(kind)}",
     )
 
 
@@ -76,7 +84,7 @@ def _legend(summary: Mapping[str, Any]) -> str:
         lines = [[f["key"][0], " ".join(map(str, f["key"][1:])), f["error"]] for f in failures]
         refused = tag(
             "details",
-            tag("summary", f"{len(failures)} examples were refused"),
+            tag("summary", f"Refused: {_count(len(failures), 'example')}"),
             table(["system", "example", "why"], lines, caption="Refused examples"),
         )
     return _section("Systems", tag("ol", *items, class_="legend"), refused)
@@ -107,7 +115,7 @@ def _results(summary: Mapping[str, Any], mode: str) -> str:
             [
                 _badge(number, row["system"], kind),
                 *(_score(part.get(name)) for name in ("first", "later")),
-                f"{cost['first_token_seconds']:.3g} s",
+                f"{cost['first_token_seconds']:.2f} s",
                 _known(cost["decode_tokens_per_second"], "{:.0f}"),
                 _with_share(cost["score_entries"], beside["score_entries"], 1e6, "M"),
                 _with_share(cost["bytes_stored"], beside["bytes_stored"], 1e6, "MB"),
@@ -129,7 +137,9 @@ def _results(summary: Mapping[str, Any], mode: str) -> str:
         "median, the reading of the context included. An interval of no width means "
         "that all examples scored alike."
     )
-    return markup_table(head, rows, caption=f"Results, {mode}") + tag("p", escape(note), class_="note")
+    return markup_table(head, rows, caption=f"Results, {mode}", headed=True) + tag(
+        "p", escape(note), class_="note"
+    )
 
 
 def _score(one: Mapping[str, Any] | None) -> str:
@@ -180,7 +190,7 @@ def _tasks(summary: Mapping[str, Any], modes: list[str]) -> str:
         for way, caption in (("category", "by category"), ("task", "by task")):
             names = list(rows[0]["scores"][way])
             cells = [
-                [escape(row["system"]), *(_score(row["scores"][way].get(name)) for name in names)]
+                [figures.label(row["system"]), *(_score(row["scores"][way].get(name)) for name in names)]
                 for row in rows
             ]
             parts.append(markup_table(["system", *names], cells, caption=f"Right answers {caption}, {mode}"))
