@@ -34,6 +34,7 @@ from winnow.compression.actions.thin_keys import ThinKeys
 from winnow.compression.budgets.adaptive import Adaptive
 from winnow.compression.budgets.density import Density
 from winnow.compression.budgets.everything import Everything
+from winnow.compression.budgets.retrieval_heads import RetrievalHeads
 from winnow.compression.budgets.uniform import Uniform
 from winnow.compression.protocol import Action, BudgetRule, Compress, Scorer
 from winnow.compression.scorers.accumulated import Accumulated
@@ -76,7 +77,13 @@ PARTS: dict[Slot, dict[str, type]] = {
         "recurrence": Recurrence,
         "probe-attention": ProbeAttention,
     },
-    "budget": {"uniform": Uniform, "everything": Everything, "adaptive": Adaptive, "density": Density},
+    "budget": {
+        "uniform": Uniform,
+        "everything": Everything,
+        "adaptive": Adaptive,
+        "density": Density,
+        "retrieval-heads": RetrievalHeads,
+    },
     "action": {
         "drop": Drop,
         "demote": Demote,

@@ -27,6 +27,7 @@ from winnow.compression.actions.thin_keys import ThinKeys
 from winnow.compression.budgets.adaptive import Adaptive
 from winnow.compression.budgets.density import Density
 from winnow.compression.budgets.everything import Everything
+from winnow.compression.budgets.retrieval_heads import RetrievalHeads
 from winnow.compression.budgets.uniform import Uniform
 from winnow.compression.scorers.accumulated import Accumulated
 from winnow.compression.scorers.probe_attention import ProbeAttention
@@ -45,7 +46,7 @@ from winnow.loading.sketch import Sketch
 from winnow.loading.tidal import Tidal
 from winnow.recipe import PARTS
 from winnow.retrieval.radix import Radix
-from winnow.types import AttentionSpec, Partial, Pattern, Segment
+from winnow.types import AttentionSpec, Partial, Pattern, Profile, Segment
 
 MARKS = {
     "generation": "patterns",
@@ -103,6 +104,10 @@ SAMPLES: dict[type, Sample] = {
         Density(keep=11, dense_first=0, dense_last=0, least=6),
         Density(keep=10_000, dense_first=0, dense_last=0, least=6),
     ),
+    RetrievalHeads: Sample(
+        RetrievalHeads(induction=25, echo=0, sinks=2, buffer=8, divisor=1000),
+        RetrievalHeads(buffer=10_000),
+    ),
     Drop: Sample(Drop(), Drop()),
     Slide: Sample(Slide(sinks=3), Slide(sinks=3)),
     MergeSimilar: Sample(MergeSimilar(), MergeSimilar()),
@@ -130,7 +135,11 @@ class HalfSplit:
 
 ROTARY = HalfSplit()
 
-PROFILE = None
+PROFILE = Profile(
+    kind="retrieval-heads",
+    model="",
+    tensors={name: torch.arange(8.0).view(4, 2) for name in ("induction", "echo")},
+)
 """What parts that read an offline profile are given."""
 
 

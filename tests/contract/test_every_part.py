@@ -21,7 +21,8 @@ def recipe_with(part: object, slot: str) -> Recipe:
     if slot not in _AROUND:
         return Recipe(**{slot: part})
     whole = Compress(score=WindowAttention(window=4), budget=Uniform(keep=11), act=Drop())
-    return Recipe(compression=dataclasses.replace(whole, **{_AROUND[slot]: part}))
+    profile = "some.safetensors" if part.needs.profile else None
+    return Recipe(compression=dataclasses.replace(whole, **{_AROUND[slot]: part}), profile=profile)
 
 
 def test_walk_finds_parts():

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from winnow import __version__
-from winnow.cli import bench, catalogue, run
+from winnow.cli import bench, bench_serve, catalogue, profile, run, serve
 
 __all__ = ["app"]
 
@@ -38,6 +38,10 @@ def _root(
 app.command("run")(run.run)
 app.command("chat")(run.chat)
 app.command("demo")(bench.demo)
+app.command("serve")(serve.serve)
 app.command("methods")(catalogue.methods)
 app.add_typer(catalogue.recipe_app, name="recipe")
+app.add_typer(profile.profile_app, name="profile")
 app.add_typer(bench.bench_app, name="bench")
+bench.bench_app.command("serve")(bench_serve.serve)
+bench.bench_app.command("soak")(bench_serve.soak)

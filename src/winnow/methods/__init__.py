@@ -21,6 +21,7 @@ from winnow.methods.lazy_eviction import lazy_eviction
 from winnow.methods.pbs_attn import pbs_attn
 from winnow.methods.prefix_reuse import prefix_reuse
 from winnow.methods.quest import quest
+from winnow.methods.razor_attention import razor_attention
 from winnow.methods.snapkv import snapkv
 from winnow.methods.streaming_llm import streaming_llm
 from winnow.methods.think import think
@@ -156,6 +157,14 @@ METHODS: dict[str, Method] = {
             paper="arXiv 2405.14256",
             needs="queries of some prompt tokens; time to decode what is read",
             saves="bytes stored and read: 4 or 2 bits by importance",
+        ),
+        Method(
+            name="razor-attention",
+            make=razor_attention,
+            stage="compression",
+            paper="arXiv 2407.15891",
+            needs="a profile: winnow profile retrieval-heads",
+            saves="bytes stored and read: windows for all heads but those that retrieve",
         ),
         Method(
             name="gear",

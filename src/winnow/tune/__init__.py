@@ -1,0 +1,1 @@
+"""Tune: what is learnt about a model offline, and the search for a recipe under a budget."""
