@@ -4,25 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from collections.abc import Sequence as Seq
+from itertools import chain
 from pathlib import Path
 from typing import Any, overload
 
 import torch
 
 from winnow import methods
+from winnow.chunks import Chunks, split
 from winnow.engine.engine import Engine, Event, Progress
+from winnow.engine.repair import Division
 from winnow.engine.request import Result, SamplingParams
 from winnow.engine.scheduler import Limits
 from winnow.engine.session import Session
 from winnow.kernels.backend import Backend
 from winnow.models.load import Runner, load_model
+from winnow.models.swiftkv.model import transformed
 from winnow.models.text import Text
 from winnow.recipe import Recipe
 from winnow.store import files
 
 __all__ = ["LLM", "ChatSession", "TextSession", "load", "load_session"]
 
-Prompt = str | Seq[int]
+Prompt = str | Seq[int] | Chunks
 Message = Mapping[str, str]
 
 
@@ -70,6 +74,7 @@ def load(
     language_model, text = load_model(
         model, dtype=dtype, device=device, runner=runner, long_positions=long_positions
     )
+    language_model = transformed(language_model, recipe.generation)
     limits = Limits(max_num_batched_tokens=max_num_batched_tokens, max_num_seqs=max_num_seqs)
     return LLM(language_model, text, recipe, limits, backend)
 
@@ -108,9 +113,35 @@ class LLM:
 
     def tokens(self, prompt: Prompt, *, special: bool = True) -> list[int]:
         """Token ids of a prompt; ids pass through. ``special`` adds a begin token."""
-        if not isinstance(prompt, str):
-            return [int(t) for t in prompt]
-        return self._text().encode(prompt, special=special)
+        return self.divided(prompt, special=special)[0]
+
+    def divided(self, prompt: Prompt, *, special: bool = True) -> tuple[list[int], Division | None]:
+        """Token ids of a prompt, and how they divide into chunks where it is given, or found, in some."""
+        part = None if self.engine.repair is None else self.engine.repair.part
+        if isinstance(prompt, str) and part is not None and part.separator is not None:
+            prompt = split(prompt, part.separator)
+        if isinstance(prompt, str):
+            return self._text().encode(prompt, special=special), None
+        if not isinstance(prompt, Chunks):
+            return [int(t) for t in prompt], None
+        pieces = [
+            self._text().encode(piece, special=False) if isinstance(piece, str) else [int(t) for t in piece]
+            for piece in prompt.pieces
+        ]
+        begin = self._begin()
+        if special and isinstance(prompt.pieces[0], str):
+            pieces[0] = begin + pieces[0]
+        alike = pieces[0][: len(begin)] == begin
+        lengths = tuple(len(piece) for piece in pieces[:-1])
+        division = Division(lengths=lengths, begin=tuple(begin) if alike else ())
+        return list(chain.from_iterable(pieces)), division
+
+    def _begin(self) -> list[int]:
+        """What the tokenizer puts before a text."""
+        if self.text is None:
+            return []
+        plain, whole = (self.text.encode("a", special=special) for special in (False, True))
+        return next((whole[:i] for i in range(len(whole)) if whole[i : i + len(plain)] == plain), [])
 
     def _text(self) -> Text:
         if self.text is None:
@@ -122,10 +153,10 @@ class LLM:
     @overload
     def generate(self, prompts: Prompt, **options: Any) -> Result: ...
     @overload
-    def generate(self, prompts: Seq[str] | Seq[Seq[int]], **options: Any) -> list[Result]: ...
+    def generate(self, prompts: Seq[str] | Seq[Seq[int]] | Seq[Chunks], **options: Any) -> list[Result]: ...
     def generate(
         self,
-        prompts: Prompt | Seq[str] | Seq[Seq[int]],
+        prompts: Prompt | Seq[str] | Seq[Seq[int]] | Seq[Chunks],
         *,
         progress: Progress | None = None,
         salt: str = "",
@@ -135,7 +166,7 @@ class LLM:
 
         Parameters
         ----------
-        prompts : str, list of int, or a list of either
+        prompts : str, list of int, Chunks, or a list of one of these
             One prompt gives one :class:`Result`; a list gives a list in the same order.
         progress : callable or None
             Called after each step with prompt tokens done, in all, and tokens generated.
@@ -146,13 +177,13 @@ class LLM:
             ``top_k``, ``min_p``, ``seed``, ``stop``, ``ignore_eos``, ``n``, ``logprobs``.
         """
         many = _many(prompts)
-        batch = list(prompts) if many else [prompts]
+        batch: list[Any] = list(prompts) if many else [prompts]  # type: ignore[arg-type]
         params = sampling(options)
-        ids = [self.tokens(prompt) for prompt in batch]  # type: ignore[arg-type]
+        given = [self.divided(prompt) for prompt in batch]
         results: list[Result] = []
         try:
-            for one in ids:
-                results.append(self.engine.submit(one, params, salt=salt))
+            for tokens, division in given:
+                results.append(self.engine.submit(tokens, params, salt=salt, division=division))
         except ValueError:
             for result in results:
                 self.engine.cancel(result)
@@ -165,7 +196,8 @@ class LLM:
         self, prompt: Prompt, *, progress: Progress | None = None, salt: str = "", **options: Any
     ) -> Iterator[Event]:
         """Generate for one prompt, token by token."""
-        self.engine.submit(self.tokens(prompt), sampling(options), salt=salt)
+        tokens, division = self.divided(prompt)
+        self.engine.submit(tokens, sampling(options), salt=salt, division=division)
         return self.engine.events(progress)
 
     def chat(self, messages: Seq[Message], **options: Any) -> Result:
@@ -195,17 +227,19 @@ class TextSession:
         """All tokens so far: prompts and answers."""
         return self._session.tokens
 
-    def _new(self, prompt: Prompt) -> list[int]:
+    def _new(self, prompt: Prompt) -> tuple[list[int], Division | None]:
         # A begin token stands only where the sequence begins.
-        return self._llm.tokens(prompt, special=not self._session.tokens)
+        return self._llm.divided(prompt, special=not self._session.tokens)
 
     def generate(self, prompt: Prompt, *, progress: Progress | None = None, **options: Any) -> Result:
         """Append a prompt, generate, keep both for the next turn."""
-        return self._session.run(self._new(prompt), sampling(options), progress)
+        tokens, division = self._new(prompt)
+        return self._session.run(tokens, sampling(options), progress, division=division)
 
     def stream(self, prompt: Prompt, *, progress: Progress | None = None, **options: Any) -> Iterator[Event]:
         """As :meth:`generate`, token by token."""
-        return self._session.stream(self._new(prompt), sampling(options), progress)
+        tokens, division = self._new(prompt)
+        return self._session.stream(tokens, sampling(options), progress, division=division)
 
     def fork(self) -> TextSession:
         """A session that starts from this one's context without computing it again."""
@@ -281,7 +315,7 @@ def sampling(options: Mapping[str, Any]) -> SamplingParams:
 
 
 def _many(prompts: Any) -> bool:
-    if isinstance(prompts, str):
+    if isinstance(prompts, (str, Chunks)):
         return False
     first = next(iter(prompts), 0)
-    return isinstance(first, (str, list, tuple)) or hasattr(first, "__len__")
+    return isinstance(first, (str, list, tuple, Chunks)) or hasattr(first, "__len__")

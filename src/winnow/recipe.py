@@ -46,11 +46,13 @@ from winnow.generation.a_shape import AShape
 from winnow.generation.anchor import Anchor
 from winnow.generation.permuted_blocks import PermutedBlocks
 from winnow.generation.protocol import Generation
+from winnow.generation.swiftkv import SwiftKV
 from winnow.generation.tri_shape import TriShape
 from winnow.loading.page_bounds import PageBounds
 from winnow.loading.protocol import Selector
 from winnow.loading.sketch import Sketch
 from winnow.loading.tidal import Tidal
+from winnow.retrieval.blend import Blend
 from winnow.retrieval.protocol import PoolPart
 from winnow.retrieval.radix import Radix
 from winnow.types import Needs
@@ -68,6 +70,7 @@ PARTS: dict[Slot, dict[str, type]] = {
         "anchor": Anchor,
         "tri-shape": TriShape,
         "permuted-blocks": PermutedBlocks,
+        "swiftkv": SwiftKV,
     },
     "compression": {"compress": Compress},
     "scorer": {
@@ -93,7 +96,7 @@ PARTS: dict[Slot, dict[str, type]] = {
         "thin-keys": ThinKeys,
         "grade": Grade,
     },
-    "retrieval": {"radix": Radix},
+    "retrieval": {"blend": Blend, "radix": Radix},
     "loading": {"tidal": Tidal, "sketch": Sketch, "page-bounds": PageBounds},
 }
 """Every part that YAML can name, by slot."""

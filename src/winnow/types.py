@@ -616,6 +616,8 @@ Attend = Callable[[int, Tensor, Tensor, Tensor, AttentionSpec], Tensor]
 ``q_NHD`` is ``[N, H * G, D]`` after RoPE, ``k_NHD`` (after RoPE) and ``v_NHD`` are ``[N, H, D]``, ``N``
 the tokens of all packed sequences; only the last dimension is contiguous. The result is
 ``[N, H * G, D]`` in the dtype of the queries. It is called once per layer, in ascending order.
+A layer that reads the entries of an earlier one gives no keys and values, and a layer that only rows with
+logits pass gives the queries of those rows alone, in their order, beside the keys and values of all tokens.
 """
 
 
@@ -665,6 +667,9 @@ class LanguageModel(Protocol):
         Tokens that end a generation.
     specs : tuple of AttentionSpec
         What each layer's ``attend`` is called with.
+    slots : tuple of int
+        Per layer, the layer of the store that holds its entries: its own number, but where layers share
+        one set of entries. They ascend from 0 without a gap.
     """
 
     name: str
@@ -679,6 +684,7 @@ class LanguageModel(Protocol):
     fingerprint: str
     eos_token_ids: tuple[int, ...]
     specs: tuple[AttentionSpec, ...]
+    slots: tuple[int, ...]
 
     def rotary(self, layer: int) -> Rotary | None:
         """How a layer turns keys and queries; None for a layer without rotation.

@@ -38,6 +38,7 @@ from winnow.generation.a_shape import AShape
 from winnow.generation.anchor import Anchor
 from winnow.generation.permuted_blocks import PermutedBlocks
 from winnow.generation.protocol import PrefillLayer
+from winnow.generation.swiftkv import SwiftKV
 from winnow.generation.tri_shape import TriShape
 from winnow.kernels.merge import merge
 from winnow.kernels.prefill import prefill
@@ -45,6 +46,7 @@ from winnow.loading.page_bounds import PageBounds
 from winnow.loading.sketch import Sketch
 from winnow.loading.tidal import Tidal
 from winnow.recipe import PARTS
+from winnow.retrieval.blend import Blend
 from winnow.retrieval.radix import Radix
 from winnow.types import AttentionSpec, Partial, Pattern, Profile, Segment
 
@@ -92,6 +94,7 @@ SAMPLES: dict[type, Sample] = {
     PermutedBlocks: Sample(
         PermutedBlocks(block=4, segment=8, share=0.5), PermutedBlocks(block=4, segment=8, share=1.0)
     ),
+    SwiftKV: Sample(SwiftKV(layers=1, pattern=AShape(init=3, local=9)), SwiftKV(layers=1)),
     WindowAttention: Sample(WindowAttention(window=4, pool=3), WindowAttention(window=4, pool=1)),
     ProbeAttention: Sample(ProbeAttention(recent=3, random=2), ProbeAttention()),
     Recency: Sample(Recency(sinks=2), Recency(sinks=0)),
@@ -115,6 +118,7 @@ SAMPLES: dict[type, Sample] = {
     ThinKeys: Sample(ThinKeys(percent=40, recent=3, window=4), ThinKeys(percent=0)),
     Grade: Sample(Grade(recent=3), Grade(recent=10_000)),
     Demote: Sample(Demote(codec="raw", recent=3), Demote(codec="raw", recent=10_000)),
+    Blend: Sample(Blend(recompute=(30,)), Blend(recompute=(100,))),
     Radix: Sample(Radix(page=4, capacity_bytes=1 << 20), Radix(page=1)),
     Sketch: Sample(Sketch(keep=7, recent=2, sinks=1, every=2), Sketch(keep=10_000)),
     PageBounds: Sample(PageBounds(keep=6, page=2, dense_layers=0), PageBounds(keep=10_000)),

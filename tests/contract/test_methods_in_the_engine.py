@@ -36,6 +36,7 @@ TIGHT: dict[str, dict[str, Any]] = {
     "tri-shape": {"init": 4, "local": 40, "last": 8},
     "anchor-attention": {"theta": 0.2, "block": 8, "step": 4, "init": 4},
     "pbs-attn": {"block": 8, "segment": 16, "share": 0.5},
+    "swiftkv": {"layers": 3, "group": 2},
     "snapkv": {"keep": 40, "window": 8},
     "adakv": {"keep": 40, "window": 8},
     "streaming-llm": {"sinks": 4, "recent": 40, "every": 4},
@@ -47,6 +48,7 @@ TIGHT: dict[str, dict[str, Any]] = {
     "gear": {"bits": 4, "every": 64},
     "razor-attention": {"induction": 20, "echo": 10, "buffer": 30, "divisor": 50, "every": 4},
     "prefix-reuse": {"page": 16},
+    "cacheblend": {"recompute": (30,)},
     "tidal-decode": {"keep": 24},
     "quest": {"keep": 24, "page": 4},
 }
@@ -55,6 +57,7 @@ LIMIT: dict[str, dict[str, Any]] = {
     "tri-shape": {"init": 0, "local": 40, "last": 10_000},
     "anchor-attention": {"theta": math.inf, "block": 8, "step": 4, "init": 4},
     "pbs-attn": {"block": 8, "segment": 16, "share": 1.0},
+    "swiftkv": {"layers": LAYERS},
     "snapkv": {"keep": 10_000, "window": 8},
     "adakv": {"keep": 10_000, "window": 8},
     "streaming-llm": {"recent": 10_000},
@@ -66,6 +69,7 @@ LIMIT: dict[str, dict[str, Any]] = {
     "gear": {"recent": 10_000},
     "razor-attention": {"buffer": 10_000},
     "prefix-reuse": {"page": 16},
+    "cacheblend": {"recompute": (100,)},
     "tidal-decode": {"keep": 10_000},
     "quest": {"keep": 10_000},
 }
@@ -129,8 +133,18 @@ def prompt(length: int, seed: int = 0) -> list[int]:
     return torch.randint(VOCABULARY, (length,), generator=make).tolist()
 
 
+def in_chunks(prompts):
+    """Prompts as a recipe that reuses chunks takes them: in pieces of 64 tokens, the last one computed."""
+    if not isinstance(prompts[0], int):
+        return [in_chunks(one) for one in prompts]
+    pieces = [prompts[first : first + 64] for first in range(0, len(prompts), 64)]
+    return winnow.Chunks(pieces) if len(pieces) > 1 else prompts
+
+
 def answer(llm, prompts, **options):
     """Results, and the likeliest tokens' log-probabilities of every generated token."""
+    if llm.engine.repair is not None:
+        prompts = in_chunks(prompts)
     options = {"max_new_tokens": 6, "ignore_eos": True, "logprobs": 5} | options
     return llm.generate(prompts, **options)
 
@@ -199,8 +213,9 @@ def test_cached_equals_uncached(model, name):
     llm = winnow.load(model, recipe=part)
     answer(llm, first)
     reused = answer(llm, second)
-    assert reused.stats.tokens_reused >= 192
-    assert reused.stats.tokens_reused + reused.stats.tokens_computed == len(second)
+    found = reused.stats.tokens_reused + reused.stats.tokens_approximate
+    assert found >= 192
+    assert found + reused.stats.tokens_computed == len(second)
     alike(reused, answer(winnow.load(model, recipe=part), second))
 
 

@@ -57,9 +57,10 @@ class Slice:
 class StepAttention:
     """The attention callable of one step; see the module's text."""
 
-    def __init__(self, slices: list[Slice], layers: int, backend: Backend = "auto") -> None:
+    def __init__(self, slices: list[Slice], slots: tuple[int, ...], backend: Backend = "auto") -> None:
         self._slices = slices
-        self._layers = layers
+        self._slots = slots
+        self._layers = len(slots)
         self._backend = backend
         self._positions = [
             torch.arange(at := s.sequence.store.length, at + s.last - s.first, dtype=torch.int32)
@@ -70,13 +71,24 @@ class StepAttention:
         self, layer: int, q_NHD: Tensor, k_NHD: Tensor, v_NHD: Tensor, spec: AttentionSpec
     ) -> Tensor:
         """Attention of layer ``layer`` over the packed rows; shapes as in ``types.Attend``."""
-        outs = []
+        outs = [q_NHD[:0]]
+        last_only, at = len(q_NHD) < self._slices[-1].last, 0
         for part, positions_T in zip(self._slices, self._positions, strict=True):
             rows = slice(part.first, part.last)
-            part.sequence.store.append(layer, k_NHD[rows], v_NHD[rows], positions_T)
-            run = self._prefill if part.prompt else self._decode
-            outs.append(run(part, layer, q_NHD[rows], positions_T, spec).out.to(q_NHD.dtype))
-        return outs[0] if len(outs) == 1 else torch.cat(outs)
+            if self._owns(layer):
+                part.sequence.store.append(self._slots[layer], k_NHD[rows], v_NHD[rows], positions_T)
+            if last_only:
+                rows, positions_T = slice(at, at + part.final), positions_T[-1:]
+                at += part.final
+            if rows.stop > rows.start:
+                run = self._prefill if part.prompt else self._decode
+                outs.append(run(part, layer, q_NHD[rows], positions_T, spec).out.to(q_NHD.dtype))
+        assert sum(map(len, outs)) == len(q_NHD), "every query belongs to a slice"
+        return outs[1] if len(outs) == 2 else torch.cat(outs)
+
+    def _owns(self, layer: int) -> bool:
+        """Whether a layer has keys and values of its own, or is the first of those that share them."""
+        return self._slots.index(self._slots[layer]) == layer
 
     # ------------------------------------------------------------------ prefill
 
@@ -84,10 +96,13 @@ class StepAttention:
         self, part: Slice, layer: int, q_THD: Tensor, positions_T: Tensor, spec: AttentionSpec
     ) -> Partial:
         sequence = part.sequence
-        segments = tuple(segment.decode() for segment in sequence.store.segments(layer))
+        slot = self._slots[layer]
+        segments = tuple(segment.decode() for segment in sequence.store.segments(slot))
         compression, generation = sequence.compression, sequence.recipe.generation
+        if not self._owns(layer):
+            compression = None
         if compression is not None:
-            compression.queries.see(layer, q_THD, positions_T)
+            compression.queries.see(slot, q_THD, positions_T)
         if generation is None:
             patterns: tuple[Pattern, ...] = (_WHOLE,) * len(segments)
         else:
@@ -121,7 +136,7 @@ class StepAttention:
         partial = _with_sinks(merge(partials), spec)
         if compression is not None and compression.wants_mass(prompt=True):
             own = partial if generation is None else None
-            seen, pairs = prefill_glimpse(layer, q_THD, positions_T, segments, spec, own, self._backend)
+            seen, pairs = prefill_glimpse(slot, q_THD, positions_T, segments, spec, own, self._backend)
             part.stats.score_entries += pairs
             compression.watch(seen)
         return partial
@@ -133,11 +148,13 @@ class StepAttention:
     ) -> Partial:
         assert q_THD.shape[0] == 1, "a decode step advances a sequence by one token"
         sequence, loading = part.sequence, part.sequence.recipe.loading
-        compression = sequence.compression
+        slot = self._slots[layer]
+        # The first layer of those that share entries speaks for all of them.
+        compression = sequence.compression if self._owns(layer) else None
         watching = compression is not None and compression.wants_mass(prompt=False)
         if compression is not None:
-            compression.queries.step(layer, q_THD, positions_T)
-        segments = sequence.store.segments(layer)
+            compression.queries.step(slot, q_THD, positions_T)
+        segments = sequence.store.segments(slot)
         q_HD, position = q_THD[0], int(positions_T[0])
         view = EVERYTHING
         if loading is not None:
@@ -170,7 +187,7 @@ class StepAttention:
             loading.observe(ctx, logits, sequence.loading_state)
         partial = _with_sinks(merge(partials), spec)
         if compression is not None and watching:
-            compression.watch(decode_glimpse(layer, position, segments, logits, partial))
+            compression.watch(decode_glimpse(slot, position, segments, logits, partial))
         return partial
 
     def _attended(

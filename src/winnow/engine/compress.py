@@ -97,12 +97,12 @@ class Compression:
             return Observation(
                 layer=layer,
                 layers=store.layers,
-                spec=model.specs[layer],
+                spec=model.specs[model.slots.index(layer)],
                 segment=store.decoded(layer),
                 tokens=store.length,
                 queries=None if asked is None else asked[0],
                 query_positions=None if asked is None else asked[1],
-                rotary=model.rotary(layer) if needs.rotary else None,
+                rotary=model.rotary(model.slots.index(layer)) if needs.rotary else None,
                 profile=self._profile,
             )
 

@@ -12,6 +12,7 @@ from typing import Protocol
 import torch
 
 from winnow.engine.attend import Slice, StepAttention
+from winnow.engine.repair import Division, Repair
 from winnow.engine.request import Result, Sample, SamplingParams, Stats
 from winnow.engine.sampling import generator, logprob_record, sample
 from winnow.engine.scheduler import Limits, share
@@ -21,7 +22,7 @@ from winnow.engine.stopping import until_stop
 from winnow.kernels.backend import Backend
 from winnow.profiles import load_profile
 from winnow.recipe import Recipe
-from winnow.retrieval.protocol import Match, Pool
+from winnow.retrieval.protocol import Match, Pool, reuses_chunks, reuses_prefixes
 from winnow.store.arena import PAGE
 from winnow.store.sequence import SequenceStore
 from winnow.types import LanguageModel, Profile
@@ -72,6 +73,7 @@ class _Run:
     first_token_at: float = 0.0
     prompt_end: int
     begin: tuple[int, int, int]  # where a session's turn began, for Sequence.rollback
+    division: Division | None  # chunks to reuse before the first step
 
     @property
     def pending(self) -> int:
@@ -120,7 +122,19 @@ class Engine:
         self.limits = limits or Limits()
         self.backend = backend
         self._words = words
-        self.pool: Pool | None = recipe.retrieval.pool() if recipe.retrieval else None
+        self.pool: Pool | None = None
+        self.repair: Repair | None = None
+        if recipe.retrieval is not None and reuses_chunks(recipe.retrieval):
+            self.repair = Repair(
+                model,
+                recipe.retrieval,
+                self._compute,
+                rows=self.limits.max_num_batched_tokens,
+                dense=recipe.generation is None,
+                backend=backend,
+            )
+        elif recipe.retrieval is not None and reuses_prefixes(recipe.retrieval):
+            self.pool = recipe.retrieval.pool()
         self.profile: Profile | None = None
         if recipe.profile is not None:
             self.profile = load_profile(recipe.profile, model=model.fingerprint)
@@ -133,16 +147,18 @@ class Engine:
 
     def new_sequence(self) -> Sequence:
         """An empty sequence with room for as many tokens as the model can take."""
+        return Sequence(self.recipe, self._store(self.model.max_length), self.profile)
+
+    def _store(self, capacity: int) -> SequenceStore:
         model = self.model
-        store = SequenceStore(
-            layers=model.layers,
+        return SequenceStore(
+            layers=max(model.slots) + 1,
             heads=model.kv_heads,
             head_dim=model.head_dim,
             dtype=model.dtype,
-            capacity=model.max_length,
+            capacity=capacity,
             device=str(model.device),
         )
-        return Sequence(self.recipe, store, self.profile)
 
     def submit(
         self,
@@ -152,6 +168,7 @@ class Engine:
         sequence: Sequence | None = None,
         salt: str = "",
         steer: Callable[[], Steer] | None = None,
+        division: Division | None = None,
     ) -> Result:
         """Queue a request; :meth:`events` or :meth:`step` runs it.
 
@@ -166,6 +183,9 @@ class Engine:
             Requests of different salts share nothing through the pool.
         steer : callable or None
             Makes what bends the logits of one sample; log-probabilities stay those of the model.
+        division : Division or None
+            Chunks at the beginning of ``tokens`` that may be reused. Without a recipe that reuses
+            chunks they are computed like the rest.
 
         Raises
         ------
@@ -174,6 +194,10 @@ class Engine:
         """
         earlier = len(sequence.tokens) if sequence is not None else 0
         self._check(tokens, earlier)
+        if division is not None:
+            division.check(len(tokens))
+            if earlier:
+                raise ValueError("chunks are reused at the beginning of a session only; give text or tokens")
         stats = Stats()
         samples = [Sample(index=i, logprobs=None if params.logprobs is None else []) for i in range(params.n)]
         result = Result(prompt_token_ids=list(tokens), samples=samples, stats=stats)
@@ -204,6 +228,7 @@ class Engine:
                 steer=steer() if steer is not None else None,
                 prompt_end=len(own.tokens),
                 begin=begin,
+                division=division if self.repair is not None else None,
             )
             for s in samples
         ]
@@ -265,8 +290,14 @@ class Engine:
         exception :meth:`abort` leaves a clean engine.
         """
         while self._waiting and len(self._running) < self.limits.max_num_seqs:
-            self._running.append(self._waiting.pop(0))
+            self._start(self._waiting.pop(0))
         return self._step()
+
+    def _start(self, run: _Run) -> None:
+        self._running.append(run)
+        if self.repair is not None and run.division is not None:
+            space = f"{self._namespace(run.sequence.salt)}/chunks"
+            self.repair.run(run.sequence, run.division, space, run.result.stats)
 
     def abort(self) -> None:
         """End every request: free its sequence, or roll a session's back to where its turn began."""
@@ -324,7 +355,7 @@ class Engine:
                 rows.append(len(tokens) - 1)
         device = self.model.device
         with torch.inference_mode():
-            attention = StepAttention(slices, self.model.layers, self.backend)
+            attention = StepAttention(slices, self.model.slots, self.backend)
             logits_MV = self.model.forward(
                 torch.tensor(tokens, device=device),
                 torch.tensor(positions, device=device),
@@ -546,6 +577,36 @@ class Engine:
         del self._suspended[result.number]
 
     # ------------------------------------------------------------------ reuse
+
+    def _compute(self, tokens: list[int], stats: Stats) -> SequenceStore:
+        """Prefill tokens as a sequence of their own, under the recipe's generation; the caller closes it."""
+        recipe = Recipe(generation=self.recipe.generation)
+        multiple = 1 if recipe.generation is None else recipe.generation.chunk_multiple
+        store = self._store(len(tokens))
+        sequence = Sequence(recipe, store)
+        sequence.tokens = tokens
+        try:
+            while (at := store.length) < len(tokens):
+                (count,) = share([(len(tokens) - at, multiple, at)], self.limits)
+                part = Slice(
+                    sequence=sequence,
+                    stats=stats,
+                    first=0,
+                    last=count,
+                    prompt=True,
+                    final=at + count == len(tokens),
+                )
+                self.model.forward(
+                    torch.tensor(tokens[at : at + count]),
+                    torch.arange(at, at + count),
+                    torch.arange(0),
+                    StepAttention([part], self.model.slots, self.backend),
+                )
+                store.advance(count)
+        except BaseException:
+            store.close()
+            raise
+        return store
 
     def reusable(self, tokens: Seq[int], salt: str = "") -> int:
         """Leading tokens that :meth:`submit` would find in the pool now."""

@@ -77,7 +77,13 @@ class Stats:
     ----------
     tokens_computed, tokens_reused : int
         Prompt tokens that were run through the model, and that came from a pool or an earlier
-        turn.
+        turn with exactly the entries that computing them would give.
+    tokens_approximate : int
+        Prompt tokens whose entries came from a pool and were computed in another context, or
+        rounded.
+    tokens_repaired : int
+        Tokens of chunks that passed through all layers once more, to fit their entries to the prompt
+        (the layers up to the one that chooses are passed by all).
     tokens_generated : int
     score_entries : int
         Query-key scores computed while prefilling, summed over layers and query heads; those
@@ -98,6 +104,8 @@ class Stats:
 
     tokens_computed: int = 0
     tokens_reused: int = 0
+    tokens_approximate: int = 0
+    tokens_repaired: int = 0
     tokens_generated: int = 0
     score_entries: int = 0
     decode_score_entries: int = 0

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from winnow.engine.engine import Engine, Event, Progress
+from winnow.engine.repair import Division
 from winnow.engine.request import Result, SamplingParams
 from winnow.engine.sequence import Holder, Sequence
 from winnow.store import files
@@ -39,18 +40,30 @@ class Session:
         """All tokens so far: prompts and answers."""
         return list(self._sequence.tokens)
 
-    def run(self, tokens: Seq[int], params: SamplingParams, progress: Progress | None = None) -> Result:
-        """Append ``tokens``, generate, and return the result."""
-        for event in self.stream(tokens, params, progress):
+    def run(
+        self,
+        tokens: Seq[int],
+        params: SamplingParams,
+        progress: Progress | None = None,
+        *,
+        division: Division | None = None,
+    ) -> Result:
+        """Append ``tokens``, generate, and return the result; see :meth:`Engine.submit`."""
+        for event in self.stream(tokens, params, progress, division=division):
             result = event.result
         return result
 
     def stream(
-        self, tokens: Seq[int], params: SamplingParams, progress: Progress | None = None
+        self,
+        tokens: Seq[int],
+        params: SamplingParams,
+        progress: Progress | None = None,
+        *,
+        division: Division | None = None,
     ) -> Iterator[Event]:
         """As :meth:`run`, token by token. A turn that is broken off is rolled back whole."""
         self._check_open()
-        self._engine.submit(tokens, params, sequence=self._sequence)
+        self._engine.submit(tokens, params, sequence=self._sequence, division=division)
         return self._engine.events(progress)
 
     def fork(self) -> Session:

@@ -14,6 +14,7 @@ from typing import Any, get_type_hints
 from winnow.methods.a_shape import a_shape
 from winnow.methods.adakv import adakv
 from winnow.methods.anchor_attention import anchor_attention
+from winnow.methods.cacheblend import cacheblend
 from winnow.methods.d2o import d2o
 from winnow.methods.gear import gear
 from winnow.methods.h2o import h2o
@@ -24,6 +25,7 @@ from winnow.methods.quest import quest
 from winnow.methods.razor_attention import razor_attention
 from winnow.methods.snapkv import snapkv
 from winnow.methods.streaming_llm import streaming_llm
+from winnow.methods.swiftkv import swiftkv
 from winnow.methods.think import think
 from winnow.methods.tidal_decode import tidal_decode
 from winnow.methods.tri_shape import tri_shape
@@ -93,6 +95,14 @@ METHODS: dict[str, Method] = {
             paper="arXiv 2510.21270",
             needs="nothing (share)",
             saves="score entries of the prefill, by content",
+        ),
+        Method(
+            name="swiftkv",
+            make=swiftkv,
+            stage="generation",
+            paper="arXiv 2410.03960",
+            needs="distillation; a Llama-shaped model",
+            saves="prefill of the later layers; bytes stored where groups share entries",
         ),
         Method(
             name="snapkv",
@@ -181,6 +191,14 @@ METHODS: dict[str, Method] = {
             paper="arXiv 2312.07104",
             needs="memory for the pool",
             saves="prefill of prompts that begin alike, exactly",
+        ),
+        Method(
+            name="cacheblend",
+            make=cacheblend,
+            stage="retrieval",
+            paper="arXiv 2405.16444",
+            needs="prompts in chunks, memory for the pool",
+            saves="prefill of chunks that were seen before, anywhere in a prompt, approximately",
         ),
         Method(
             name="tidal-decode",

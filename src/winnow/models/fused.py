@@ -66,6 +66,7 @@ class FusedModel:
         self.fingerprint = general.fingerprint
         self.eos_token_ids = general.eos_token_ids
         self.specs = general.specs
+        self.slots = general.slots
         self.general = general
         inverse, factor = frequencies(base.rotary_emb, general.head_dim)
         with torch.inference_mode(False), torch.no_grad():

@@ -68,6 +68,7 @@ class HFModel:
         self.head_dim = facts.head_dim
         self.vocab_size = facts.vocab_size
         self.specs = facts.specs
+        self.slots = tuple(range(facts.layers))
         self.max_length = position_limit(config, long_positions=long_positions)
         self.dtype: torch.dtype = model.dtype
         self.device: torch.device = model.device

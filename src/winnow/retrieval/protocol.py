@@ -12,7 +12,17 @@ from winnow.store.codecs import EncodedSegment
 from winnow.store.sequence import SequenceStore
 from winnow.types import Needs, Segment
 
-__all__ = ["Chunk", "ChunkPart", "ChunkPool", "Match", "Pool", "PoolPart", "reuses_chunks"]
+__all__ = [
+    "Chunk",
+    "ChunkPart",
+    "ChunkPool",
+    "Match",
+    "Pool",
+    "PoolPart",
+    "PrefixPart",
+    "reuses_chunks",
+    "reuses_prefixes",
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,6 +124,14 @@ class ChunkPool(Protocol):
 class PoolPart(Protocol):
     """The frozen parameters of a pool."""
 
+    def pool(self) -> Pool | ChunkPool:
+        """An empty pool."""
+        ...
+
+
+class PrefixPart(Protocol):
+    """A pool of exact prefixes."""
+
     def pool(self) -> Pool:
         """An empty pool."""
         ...
@@ -174,6 +192,11 @@ class ChunkPart(Protocol):
         ...
 
 
-def reuses_chunks(part: PoolPart | ChunkPart) -> TypeGuard[ChunkPart]:
+def reuses_chunks(part: PoolPart) -> TypeGuard[ChunkPart]:
     """Whether a retrieval part reuses chunks, to be repaired, instead of exact prefixes."""
     return hasattr(part, "choose")
+
+
+def reuses_prefixes(part: PoolPart) -> TypeGuard[PrefixPart]:
+    """Whether a retrieval part reuses exact prefixes."""
+    return not hasattr(part, "choose")
