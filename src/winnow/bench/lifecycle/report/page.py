@@ -161,7 +161,7 @@ def _with_share(value: float | None, share: float | None, unit: float, name: str
 def _differences(summary: Mapping[str, Any]) -> str:
     rows = [
         [
-            one["system"],
+            figures.label(one["system"]),
             one["mode"],
             {"first": "turn 1", "later": "later turns"}[one["part"]],
             f"{100 * one['difference']:+.1f}",
@@ -178,7 +178,7 @@ def _differences(summary: Mapping[str, Any]) -> str:
     head = ("system", "mode", "part", "difference", "interval", "p", "examples")
     return _section(
         "Difference to the baseline",
-        table(head, rows, caption="Difference to the baseline in points"),
+        markup_table(head, rows, caption="Difference to the baseline in points", headed=True),
         tag("p", escape(note), class_="note"),
     )
 
