@@ -1,0 +1,220 @@
+"""Finished sequences outlive the process: exact, bounded, and torn files go."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import httpx
+import pytest
+import torch
+
+from winnow.engine.engine import Engine
+from winnow.engine.request import SamplingParams
+from winnow.methods import load
+from winnow.retrieval.radix import Radix
+from winnow.serve.kv_dir import FilePool
+
+PAGE = 64
+RECIPE = load("prefix-reuse")
+
+
+def prompt(length: int, seed: int) -> list[int]:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(300, 900, (length,), generator=generator).tolist()
+
+
+def opened(model, directory: Path, limit: int = 1 << 30, capacity: int = 64 << 20) -> FilePool:
+    memory = Radix(page=PAGE, capacity_bytes=capacity).pool()
+    return FilePool(memory, directory, limit, model, page=PAGE, capacity=capacity)
+
+
+def answer(model, pool: FilePool, tokens: list[int], salt: str = "") -> tuple[list[int], int]:
+    engine = Engine(model, RECIPE)
+    engine.pool = pool
+    result = engine.submit(tokens, SamplingParams(max_new_tokens=4, ignore_eos=True), salt=salt)
+    while engine.busy:
+        engine.step()
+    return result.token_ids, result.stats.tokens_reused
+
+
+def test_another_process_finds_what_this_one_left(model, tmp_path):
+    tokens = prompt(400, 1)
+    first = opened(model, tmp_path)
+    cold, reused = answer(model, first, tokens)
+    assert reused == 0
+    first.close()
+    second = opened(model, tmp_path)
+    assert second.bytes() == 0
+    assert second.bytes_on_disk() == sum(f.stat().st_size for f in tmp_path.iterdir())
+    warm, reused = answer(model, second, [*tokens[:300], 5, *tokens[301:]])
+    assert reused == 256  # whole pages of what both have in common
+    warm, reused = answer(model, second, tokens)
+    assert (warm, reused) == (cold, 384)
+    second.close()
+
+
+def test_a_longer_sequence_replaces_its_beginning(model, tmp_path):
+    pool = opened(model, tmp_path)
+    tokens = prompt(200, 1)
+    answer(model, pool, tokens)
+    pool.flush()
+    (short,) = tmp_path.iterdir()
+    answer(model, pool, [*tokens, *prompt(200, 2)])
+    pool.flush()
+    (long,) = tmp_path.iterdir()
+    assert long != short
+    assert answer(model, pool, tokens)[1] == 192
+    pool.close()
+
+
+def test_salts_and_models_do_not_meet(model, tmp_path):
+    tokens = prompt(200, 1)
+    pool = opened(model, tmp_path)
+    answer(model, pool, tokens, salt="a")
+    pool.close()
+    again = opened(model, tmp_path)
+    assert answer(model, again, tokens, salt="b")[1] == 0
+    assert answer(model, again, tokens, salt="a")[1] == 192
+    again.close()
+    assert not any(b"salt" in f.name.encode() for f in tmp_path.iterdir())
+
+
+def test_the_least_recently_used_go_first(model, tmp_path):
+    pool = opened(model, tmp_path)
+    prompts = [prompt(300, i) for i in range(4)]
+    for one in prompts[:3]:
+        answer(model, pool, one)
+        pool.flush()
+    size = pool.bytes_on_disk() // 3
+    pool.close()
+    old = time.time()
+    for age, file in enumerate(sorted(tmp_path.iterdir(), key=lambda f: f.stat().st_mtime)):
+        os.utime(file, (old - 100 + age, old - 100 + age))
+    pool = opened(model, tmp_path, limit=3 * size + size // 2)
+    assert answer(model, pool, prompts[0])[1] == 256  # the oldest is used, so it is not the oldest any more
+    answer(model, pool, prompts[3])
+    pool.close()
+    assert sum(f.stat().st_size for f in tmp_path.iterdir()) <= 3 * size + size // 2
+    pool = opened(model, tmp_path)
+    assert [answer(model, pool, one)[1] for one in prompts] == [256, 0, 256, 256]
+    pool.close()
+
+
+@pytest.mark.parametrize("damage", ["short", "flipped", "foreign", "header", "part"])
+def test_damage_is_dropped_and_the_rest_served(model, tmp_path, damage):
+    pool = opened(model, tmp_path)
+    good, bad = prompt(200, 1), prompt(200, 2)
+    cold = answer(model, pool, bad)[0]
+    pool.flush()
+    (file,) = tmp_path.iterdir()
+    answer(model, pool, good)
+    pool.close()
+    data = bytearray(file.read_bytes())
+    if damage == "short":
+        file.write_bytes(data[:-500])
+    elif damage == "flipped":
+        data[-500] ^= 1
+        file.write_bytes(data)
+    elif damage == "foreign":
+        file.write_bytes(b"something else")
+    elif damage == "header":
+        data[30] ^= 1
+        file.write_bytes(data)
+    else:
+        file.rename(tmp_path / f".{file.name}.x.part")
+    pool = opened(model, tmp_path)
+    assert answer(model, pool, bad) == (cold, 0)
+    assert pool.dropped == 1
+    assert answer(model, pool, good)[1] == 192
+    pool.close()
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_reading_a_file_stays_within_the_memory(model, tmp_path):
+    tokens = prompt(400, 1)
+    pool = opened(model, tmp_path)
+    answer(model, pool, tokens)
+    pool.close()
+    size = next(iter(tmp_path.iterdir())).stat().st_size
+    pool = opened(model, tmp_path, capacity=size)  # too little for the file and its copy at a time
+    assert answer(model, pool, tokens)[1] == 0
+    assert pool.bytes() <= size
+    pool.close()
+
+
+def test_reset_forgets_the_files_too(start, tmp_path):
+    server = start(kv_dir=tmp_path)
+    options = {"model": "tiny", "prompt": prompt(200, 1), "max_tokens": 1}
+    client = server.client()
+    client.completions.create(**options)
+    assert client.completions.create(**options).usage.prompt_tokens_details.cached_tokens == 192
+    server.worker.memory.pools[0].flush()
+    with server.http() as http:
+        http.post("/reset_prefix_cache")
+    assert not list(tmp_path.iterdir())
+    assert client.completions.create(**options).usage.prompt_tokens_details.cached_tokens == 0
+
+
+def launch(directory: Path, log: Path) -> tuple[subprocess.Popen, str]:
+    program = "from winnow.cli import main; main()"
+    options = ["serve", "embedded", "--port", "0", "--kv-dir", str(directory)]
+    command = [sys.executable, "-c", program, *options]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, stderr=log.open("w"), env=environment)
+    end = time.monotonic() + 120
+    while '"message": "serving"' not in log.read_text():
+        assert process.poll() is None, log.read_text()
+        assert time.monotonic() < end, "the server did not start"
+        time.sleep(0.05)
+    line = next(one for one in log.read_text().splitlines() if '"message": "serving"' in one)
+    return process, f"http://127.0.0.1:{json.loads(line)['port']}"
+
+
+@pytest.mark.slow
+def test_a_server_that_is_killed_while_it_writes_starts_again_and_serves_the_rest(tmp_path):
+    """kill -9 with files half written, from outside, on the real command."""
+    directory, log = tmp_path / "kv", tmp_path / "log"
+    process, url = launch(directory, log)
+    body = {"model": "embedded", "max_tokens": 2, "temperature": 0}
+    known = prompt(1500, 0)
+    with httpx.Client(base_url=url, timeout=60) as http:
+        first = http.post("/v1/completions", json={**body, "prompt": known}).json()
+        assert first["usage"]["prompt_tokens_details"]["cached_tokens"] == 0
+        while not list(directory.glob("*.kv")):
+            time.sleep(0.01)
+        whole = set(directory.glob("*.kv"))
+        # A half-written file is there for a moment only: stop the process where one is seen.
+        for seed in range(1, 60):
+            http.post("/v1/completions", json={**body, "prompt": prompt(3000, seed)})
+            for _ in range(200):
+                if list(directory.glob(".*.part")):
+                    break
+                time.sleep(0.0005)
+            os.kill(process.pid, signal.SIGSTOP)
+            if half := list(directory.glob(".*.part")):
+                break
+            os.kill(process.pid, signal.SIGCONT)
+        assert half, "no file was ever half written"
+        os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert half == list(directory.glob(".*.part"))
+    torn = directory / f"{'0' * 32}.kv"
+    torn.write_bytes(next(iter(whole)).read_bytes()[:-4096])
+    process, url = launch(directory, log)
+    try:
+        assert not list(directory.glob(".*.part"))
+        assert not torn.exists()
+        assert '"dropped a KV file"' in log.read_text()
+        with httpx.Client(base_url=url, timeout=60) as http:
+            again = http.post("/v1/completions", json={**body, "prompt": known}).json()
+        assert again["usage"]["prompt_tokens_details"]["cached_tokens"] == 1472
+        assert again["choices"] == first["choices"]
+    finally:
+        process.terminate()
+        assert process.wait(60) == 0, log.read_text()

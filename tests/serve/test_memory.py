@@ -1,0 +1,168 @@
+"""KV memory as a hard limit: what does not fit waits, goes to disk and comes back the same."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import time
+from pathlib import Path
+
+import openai
+import pytest
+import torch
+
+from winnow.engine.engine import Engine
+from winnow.engine.request import SamplingParams
+from winnow.methods import load
+from winnow.recipe import Recipe
+
+RECIPES = {
+    "full": Recipe(),
+    "snapkv": load("snapkv", keep=48),
+    "tidal": load("tidal-decode", keep=64),
+    "reuse": load("prefix-reuse"),
+}
+BODY = {"ignore_eos": True}
+
+
+def prompt(length: int, seed: int) -> list[int]:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(300, 900, (length,), generator=generator).tolist()
+
+
+def drained(engine: Engine) -> None:
+    while engine.busy:
+        engine.step()
+
+
+@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("steps", [0, 1, 5, 12])
+def test_a_suspended_request_goes_on_as_if_nothing_had_been(model, tmp_path, name, steps):
+    params = SamplingParams(max_new_tokens=12, temperature=0.8, seed=3, ignore_eos=True, logprobs=0)
+
+    def run(interrupted: bool) -> tuple[list[int], object, object]:
+        engine = Engine(model, RECIPES[name])
+        result = engine.submit(prompt(200, 1), params)
+        other = engine.submit(prompt(90, 2), params)
+        for _ in range(steps):
+            engine.step()
+        if interrupted and not result.finish_reason:
+            before = engine.bytes_held()
+            engine.suspend(result, tmp_path)
+            assert engine.bytes_held() < before or not steps
+            assert engine.bytes_suspended(result) > 0 or not steps
+            engine.step()
+            assert list(tmp_path.iterdir())
+            engine.resume(result)
+            assert not list(tmp_path.iterdir())
+        drained(engine)
+        assert engine.bytes_held() == 0
+        return result.token_ids, result.samples[0].logprobs, other.token_ids
+
+    assert run(True) == run(False)
+
+
+def test_nothing_is_computed_again_after_a_suspension(model, tmp_path):
+    engine = Engine(model, Recipe())
+    result = engine.submit(prompt(300, 1), SamplingParams(max_new_tokens=4, ignore_eos=True))
+    engine.step()
+    scores = result.stats.score_entries
+    engine.suspend(result, tmp_path)
+    engine.resume(result)
+    drained(engine)
+    assert result.stats.score_entries == scores
+    assert len(result.token_ids) == 4
+
+
+def test_samples_of_one_prompt_are_suspended_together(model, tmp_path):
+    engine = Engine(model, Recipe())
+    params = SamplingParams(max_new_tokens=8, n=3, temperature=1.5, seed=1, ignore_eos=True)
+    whole, cut = engine.submit(prompt(100, 1), params), engine.submit(prompt(100, 1), params)
+    for _ in range(3):
+        engine.step()
+    engine.suspend(cut, tmp_path)
+    assert len(list(tmp_path.iterdir())) == 3
+    engine.step()
+    engine.resume(cut)
+    drained(engine)
+    assert [s.token_ids for s in cut.samples] == [s.token_ids for s in whole.samples]
+    assert engine.bytes_held() == 0
+
+
+def test_a_cancelled_suspension_leaves_no_file(model, tmp_path):
+    engine = Engine(model, Recipe())
+    result = engine.submit(prompt(100, 1), SamplingParams(max_new_tokens=8))
+    engine.step()
+    engine.suspend(result, tmp_path)
+    engine.cancel(result)
+    assert not list(tmp_path.iterdir())
+    assert result.finish_reason == "cancelled"
+
+
+@pytest.mark.parametrize("recipe", ["full", "snapkv"])
+def test_the_limit_holds_under_load_and_answers_do_not_change(start, recipe):
+    """Twelve requests of up to 1 000 tokens where a third of that fits, with pools competing."""
+    options = [
+        {"model": "tiny", "prompt": prompt(100 + 60 * i, i), "max_tokens": 60, "temperature": 0}
+        for i in range(12)
+    ]
+    recipes = {recipe: RECIPES[recipe]}
+
+    def ask(server, one: dict) -> str:
+        return server.client().completions.create(extra_body=BODY, **one).choices[0].text
+
+    roomy = start(recipes=recipes)
+    expected = [ask(roomy, one) for one in options]
+    limit = 3 << 20
+    tight = start(recipes=recipes, kv_memory=limit, max_num_batched_tokens=128)
+    with concurrent.futures.ThreadPoolExecutor(12) as pool:
+        texts = list(pool.map(lambda one: ask(tight, one), options))
+    assert texts == expected
+    assert limit / 2 < tight.worker.memory.peak <= limit
+    tight.idle()
+    assert tight.worker.memory.held() == tight.worker.memory.by_kind()["host/pool"]
+
+
+def test_growing_answers_preempt_the_youngest_and_all_end(start):
+    """Each request fits at first; together they outgrow the memory while they write."""
+    limit = 5 << 19
+    server = start(kv_memory=limit, prefix_caching=False)
+    options = [{"model": "tiny", "prompt": prompt(20, i), "max_tokens": 700} for i in range(8)]
+    alone = start(prefix_caching=False)
+
+    def ask(server, one: dict) -> str:
+        answer = server.client().completions.create(extra_body=BODY, temperature=0, **one)
+        return answer.choices[0].text
+
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        texts = list(pool.map(lambda one: ask(server, one), options))
+        expected = list(pool.map(lambda one: ask(alone, one), options))
+    assert server.worker.counters.preemptions > 0
+    assert texts == expected
+    assert server.worker.memory.peak <= limit
+    server.idle()
+    assert server.worker.memory.held() == 0
+    assert not list(Path(server.worker._swap.name).iterdir())
+
+
+def test_what_can_never_fit_is_refused_at_once(start):
+    server = start(kv_memory=1 << 20)
+    begin = time.monotonic()
+    with pytest.raises(openai.BadRequestError, match="KV memory"):
+        server.client().completions.create(model="tiny", prompt=prompt(1500, 1), max_tokens=500)
+    assert time.monotonic() - begin < 5
+
+
+def test_a_prompt_that_is_being_computed_is_not_computed_twice(start):
+    server = start(max_num_batched_tokens=64)
+    shared = prompt(640, 1)
+    with concurrent.futures.ThreadPoolExecutor(6) as pool:
+        answers = list(
+            pool.map(
+                lambda i: server.client().completions.create(
+                    model="tiny", prompt=[*shared, *prompt(5, i)], max_tokens=2
+                ),
+                range(6),
+            )
+        )
+    cached = sorted(a.usage.prompt_tokens_details.cached_tokens for a in answers)
+    assert cached == [0, 640, 640, 640, 640, 640]
