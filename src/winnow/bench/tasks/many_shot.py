@@ -46,7 +46,7 @@ def write(request: Request) -> Draft:
         lines: list[str] = []
         if shots:
             lines = [sentence(dice) for _ in range(n)]
-        rounds = shots or 1 + n // len(WORDS)
+        rounds = shots or 1 - -n // len(WORDS)
         # Whole rounds keep the labels balanced; the first rounds show every category.
         examples = [
             f"Thing: {kind[turn % shown]}\nLabel: {label}"

@@ -9,12 +9,15 @@ from winnow.bench.tasks.embedded import read_document, wrap
 from winnow.bench.tasks.example import Example, Join, Turn
 from winnow.bench.tasks.task import Draft, Request, Task
 from winnow.bench.tasks.text.fit import allowance, fit
+from winnow.bench.tasks.text.strings import numbers
 from winnow.bench.tasks.text.templates import read_slots
 from winnow.models.embedded.dice import Dice
 
 __all__ = ["TASK"]
 
 JOIN = Join(opening="Below is a list of integers.\n\n{context}")
+#: fewer leave no room for extremes, more are no exact floating-point numbers
+DIGITS = range(3, 16)
 QUESTION = "What is the {kind} number in the list?"
 #: what is asked for, from the sorted list of an odd number of integers
 KINDS: dict[str, Callable[[Sequence[int]], int]] = {
@@ -31,8 +34,8 @@ KINDS: dict[str, Callable[[Sequence[int]], int]] = {
 def write(request: Request) -> Draft:
     """An odd number of integers; the three at either end occur once each."""
     digits = request.knobs["digits"]
-    if digits < 3:
-        raise ValueError(f"numbers of {digits} digits leave no room for extremes; use at least 3")
+    if digits not in DIGITS:
+        raise ValueError(f"numbers have {DIGITS[0]} to {DIGITS[-1]} digits, not {digits}; change digits")
     if request.turns > len(KINDS):
         raise ValueError(f"there are {len(KINDS)} questions about a list; ask for at most that many turns")
     low, high = 10 ** (digits - 1), 10**digits
@@ -41,11 +44,11 @@ def write(request: Request) -> Draft:
     def build(n: int) -> Draft:
         dice = Dice(request.seed_text)
         n += 1 - n % 2
-        numbers = [low + edge + dice.below(high - low - 2 * edge) for _ in range(n)]
-        ends = dice.sample(range(low, low + edge), 3) + dice.sample(range(high - edge, high), 3)
+        listed = [low + edge + dice.below(high - low - 2 * edge) for _ in range(n)]
+        ends = numbers(dice, low, low + edge, 3) + numbers(dice, high - edge, high, 3)
         for place, number in zip(dice.sample(range(n), 6), ends, strict=True):
-            numbers[place] = number
-        ordered = sorted(numbers)
+            listed[place] = number
+        ordered = sorted(listed)
         turns = tuple(
             Turn(
                 question=QUESTION.format(kind=kind),
@@ -56,7 +59,7 @@ def write(request: Request) -> Draft:
             )
             for kind in dice.sample(list(KINDS), request.turns)
         )
-        return Draft(context=json.dumps(numbers), turns=turns, join=JOIN)
+        return Draft(context=json.dumps(listed), turns=turns, join=JOIN)
 
     return fit(request, build, least=13)
 

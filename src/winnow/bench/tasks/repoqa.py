@@ -48,6 +48,8 @@ JOIN_KV = Join(
 )
 #: the asked functions take at most this part of the text
 SHARE = 0.75
+#: characters by which a text grows; the smallest functions have ten times as many
+UNIT = 16
 
 
 def _ask_function(request: Request, function: Function, depth: float) -> Turn:
@@ -69,9 +71,9 @@ def _write(request: Request, join: Join, keys: int, settings: int) -> Draft:
     characters = request.length * len(sample) / request.count(sample)
     asked = pick(Dice(request.seed_text + "/asked"), wanted, int(SHARE * characters))
 
-    def build(room: int) -> Draft:
+    def build(units: int) -> Draft:
         dice = Dice(request.seed_text)
-        others = haystack(dice, room, asked)
+        others = haystack(dice, units * UNIT, asked)
         chosen = spread(dice, settings, keys) if keys else []
         held = pairs(dice, settings, chosen, 0)
         blocks = [listing(function) for function in others]

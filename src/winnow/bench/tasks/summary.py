@@ -17,6 +17,7 @@ from winnow.bench.tasks.task import Draft, Request, Task
 from winnow.bench.tasks.text.fit import allowance, fit, joined, spread
 from winnow.bench.tasks.text.names import ENGLISH_PEOPLE, ENGLISH_PLACES, ENGLISH_TOWNS
 from winnow.bench.tasks.text.prose import sentence
+from winnow.bench.tasks.text.strings import numbers
 from winnow.bench.tasks.text.templates import compiled, read_slots
 from winnow.models.embedded.dice import Dice
 
@@ -53,7 +54,7 @@ def _reports(dice: Dice, n: int) -> list[dict[str, str]]:
     """The facts of ``n`` towns; no name and no number occurs in two of them."""
     towns = dice.sample(ENGLISH_TOWNS if n <= len(ENGLISH_TOWNS) else ENGLISH_PLACES, n)
     people = iter(dice.sample(ENGLISH_PEOPLE, n * len(NAMES)))
-    counts = iter(dice.sample(range(1000, 1000 + 40 * max(100, n)), n * (len(FACTS) - len(NAMES))))
+    counts = iter(numbers(dice, 1000, 1000 + 40 * max(100, n), n * (len(FACTS) - len(NAMES))))
     return [
         {"town": town} | {slot: next(people) if slot in NAMES else str(next(counts)) for slot in FACTS}
         for town in towns
@@ -91,8 +92,8 @@ def _write(request: Request, join: Join, needles: int) -> Draft:
         # Report r has the sentences that are its share of all; so a single one more changes the length.
         shares = [(r + 1) * filler // len(reports) - r * filler // len(reports) for r in range(len(reports))]
         places = dice.sample(ENGLISH_PLACES[len(ENGLISH_TOWNS) :], needles)
-        numbers = dice.sample(range(10**6, 10**6 + 10**5), needles)
-        hidden = [NEEDLE.format(place=p, number=k) for p, k in zip(places, numbers, strict=True)]
+        secrets = numbers(dice, 1_000_000, 10_000_000, needles)
+        hidden = [NEEDLE.format(place=p, number=k) for p, k in zip(places, secrets, strict=True)]
         homes = [dice.below(len(reports)) for _ in range(needles)]
         blocks = [
             _written(dice, report, shares[r], [hidden[i] for i in range(needles) if homes[i] == r])
@@ -109,9 +110,9 @@ def _write(request: Request, join: Join, needles: int) -> Draft:
                 turns.append(
                     Turn(
                         question=ASKED_NEEDLE.format(place=places[chosen[i]]),
-                        answers=(str(numbers[chosen[i]]),),
+                        answers=(str(secrets[chosen[i]]),),
                         scorer="string",
-                        max_new_tokens=allowance(request, str(numbers[chosen[i]])),
+                        max_new_tokens=allowance(request, str(secrets[chosen[i]])),
                         depth=text.index(needle) / len(text),
                     )
                 )

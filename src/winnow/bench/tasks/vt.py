@@ -9,7 +9,7 @@ from winnow.bench.tasks.example import Example, Join, Turn
 from winnow.bench.tasks.task import Draft, Request, Task
 from winnow.bench.tasks.text.fit import allowance, fit, joined
 from winnow.bench.tasks.text.prose import sentence
-from winnow.bench.tasks.text.strings import UPPER, letters
+from winnow.bench.tasks.text.strings import UPPER, letters, numbers
 from winnow.bench.tasks.text.templates import read_slots
 from winnow.models.embedded.dice import Dice
 
@@ -33,7 +33,7 @@ def write(request: Request) -> Draft:
         names: dict[str, None] = {}
         while len(names) < facts:
             names[letters(dice, 5, UPPER)] = None
-        values = dice.sample(range(10000, 100000), chains)
+        values = numbers(dice, 10_000, 100_000, chains)
         listed = list(names)
         owners = [listed[c * (hops + 1) : (c + 1) * (hops + 1)] for c in range(chains)]
         lines = [sentence(dice) for _ in range(n)]

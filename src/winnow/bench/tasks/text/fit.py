@@ -65,10 +65,14 @@ def fit(request: Request, build: Callable[[int], Draft], *, least: int) -> Draft
         # A unit below the length, and by steps, since short texts are a rough guide to long ones.
         wanted = units + round((request.length - measure(units)) / slope - 0.5)
         units = max(least, min(wanted, 8 * units))
-    fitting = [units for units, size in tokens.items() if size <= request.length]
-    best = max(fitting, key=lambda units: tokens[units])
-    if tokens[best] < (1 - TOLERANCE) * request.length:
-        best = min(tokens, key=lambda units: abs(tokens[units] - request.length))
+    best = max((units for units, size in tokens.items() if size <= request.length), key=tokens.__getitem__)
+    # The chord may stop a few units early: add them one by one, the last one may be too much.
+    while tokens[best] < (1 - TOLERANCE) * request.length:
+        more = best + 1
+        if measure(more) > request.length:
+            best = min(best, more, key=lambda units: abs(tokens[units] - request.length))
+            break
+        best = more
     if abs(tokens[best] - request.length) > TOLERANCE * request.length:
         raise ValueError(f"no text within 5 % of {request.length} tokens; the nearest has {tokens[best]}")
     return drafts[best]
