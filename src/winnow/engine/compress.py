@@ -124,6 +124,7 @@ class Compression:
         stats.entries_before += before
         stats.entries_after += _entries(store)
 
+    @torch.inference_mode()  # states are made while the engine infers, and refuse to change outside
     def truncated(self, store: SequenceStore) -> None:
         """The store was rolled back: forget the entries that went, and what was half observed."""
         self.queries.forget()
