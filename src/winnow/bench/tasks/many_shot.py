@@ -46,8 +46,8 @@ def write(request: Request) -> Draft:
         lines: list[str] = []
         if shots:
             lines = [sentence(dice) for _ in range(n)]
-        rounds = shots or 1 - -n // len(WORDS)
-        # Whole rounds keep the labels balanced; the first rounds show every category.
+        # Whole rounds keep the labels balanced: the first one shows every category.
+        rounds = shots or -(-(n + len(WORDS)) // len(WORDS))
         examples = [
             f"Thing: {kind[turn % shown]}\nLabel: {label}"
             for turn in range(rounds)

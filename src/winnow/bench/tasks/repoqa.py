@@ -9,6 +9,7 @@ there, too.
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 from winnow.bench.tasks.embedded import read_document, wrap
 from winnow.bench.tasks.example import Example, Join, Turn
@@ -97,7 +98,7 @@ def _write(request: Request, join: Join, keys: int, settings: int) -> Draft:
 
 def _ask_setting(request: Request, pair: tuple[str, str], depth: float) -> Turn:
     turn = ask_pair(request, pair, depth)
-    return Turn(**{**vars(turn), "question": ASKED_KEY.format(key=pair[0])})
+    return replace(turn, question=ASKED_KEY.format(key=pair[0]))
 
 
 def write(request: Request) -> Draft:
