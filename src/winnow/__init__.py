@@ -10,16 +10,28 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["LLM", "Chunks", "Recipe", "Result", "SamplingParams", "__version__", "load", "load_session"]
+__all__ = [
+    "LLM",
+    "Chunks",
+    "Hogwild",
+    "Recipe",
+    "Result",
+    "SamplingParams",
+    "__version__",
+    "load",
+    "load_session",
+]
 
 if TYPE_CHECKING:
     from winnow.api import LLM, load, load_session
     from winnow.chunks import Chunks
     from winnow.engine.request import Result, SamplingParams
+    from winnow.engine.workers import Hogwild
     from winnow.recipe import Recipe
 
 _HOMES = {
     "Chunks": "winnow.chunks",
+    "Hogwild": "winnow.engine.workers",
     "LLM": "winnow.api",
     "load": "winnow.api",
     "load_session": "winnow.api",

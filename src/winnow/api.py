@@ -17,6 +17,7 @@ from winnow.engine.repair import Division
 from winnow.engine.request import Result, SamplingParams
 from winnow.engine.scheduler import Limits
 from winnow.engine.session import Session
+from winnow.engine.workers import Hogwild, WorkersResult
 from winnow.kernels.backend import Backend
 from winnow.models.load import Runner, load_model
 from winnow.models.swiftkv.model import transformed
@@ -203,6 +204,36 @@ class LLM:
     def chat(self, messages: Seq[Message], **options: Any) -> Result:
         """Answer a conversation given as ``{"role": ..., "content": ...}`` messages."""
         return self.generate(self._text().chat(messages), **options)
+
+    def workers(self, prompt: Prompt, how: Hogwild | None = None, **options: Any) -> WorkersResult:
+        """Let several workers answer one prompt together, reading each other's tokens at once.
+
+        Parameters
+        ----------
+        prompt : str or list of int
+        how : Hogwild or None
+            Names, layout of the shared cache and messages; None takes two workers.
+        **options
+            As in :meth:`generate`; ``max_new_tokens`` is per worker.
+
+        Raises
+        ------
+        ValueError
+            If this model has a recipe: the workers' cache knows none.
+        """
+        if self.recipe != Recipe(name=self.recipe.name):
+            raise ValueError(
+                "workers share a cache of their own, without a recipe; load the model without one"
+            )
+        text = self.text
+        return (how or Hogwild()).run(
+            self.model,
+            self.tokens(prompt),
+            sampling(options),
+            encode=(lambda _: []) if text is None else lambda part: text.encode(part, special=False),
+            decode=(lambda _: "") if text is None else text.decode,
+            backend=self.engine.backend,
+        )
 
     # ------------------------------------------------------------------ sessions
 
