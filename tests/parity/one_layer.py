@@ -13,6 +13,7 @@ from winnow.engine.request import Stats
 from winnow.kernels.decode import decode
 from winnow.kernels.merge import merge
 from winnow.kernels.prefill import prefill
+from winnow.store.codecs import EncodedSegment
 from winnow.store.sequence import SequenceStore
 from winnow.types import AttentionSpec
 
@@ -39,6 +40,10 @@ class Model:
     def specs(self) -> tuple[AttentionSpec, ...]:
         return (self.spec,) * self.layers
 
+    @property
+    def slots(self) -> tuple[int, ...]:
+        return tuple(range(self.layers))
+
     def rotary(self, layer: int) -> HalfSplit:
         return HalfSplit()
 
@@ -61,6 +66,14 @@ def streams(tokens: int, *, heads: int = 2, group: int = 2, size: int = 16, seed
     k = torch.randn(tokens, heads, size, generator=make)
     k[::7] *= 2.0
     return q, k, torch.randn(tokens, heads, size, generator=make)
+
+
+def attended(q: Tensor, segment, spec: AttentionSpec, position: int, want_logits: bool):
+    """What the engine does with a stored segment: the codec's own attention, or tile by tile."""
+    options = {"spec": spec, "position": position, "want_logits": want_logits}
+    if isinstance(segment, EncodedSegment) and (direct := segment.attend(q, **options)) is not None:
+        return [direct]
+    return [decode(q, tile, **options) for tile in segment.tiles(1024)]
 
 
 def drive(recipe, q: Tensor, k: Tensor, v: Tensor, *, prompt: int, chunk: int | None = None) -> list[Step]:
@@ -90,11 +103,8 @@ def drive(recipe, q: Tensor, k: Tensor, v: Tensor, *, prompt: int, chunk: int | 
                 compression.watch(seen)
         else:
             want = compression.wants_mass(prompt=False)
-            tiles = [list(segment.tiles(1024)) for segment in segments]
-            parts = [
-                [decode(q[at], tile, spec=spec, position=at, want_logits=want) for tile in of_one]
-                for of_one in tiles
-            ]
+            compression.queries.step(0, q[at:end], positions)
+            parts = [attended(q[at], segment, spec, at, want) for segment in segments]
             partial = merge([part for of_one in parts for part in of_one])
             if want:
                 logits = [torch.cat([part.logits for part in of_one], -1) for of_one in parts]
