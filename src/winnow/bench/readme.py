@@ -1,7 +1,7 @@
-"""Write the README's table and picture from the JSON of a demo run.
+"""Write the README's tables and picture from the JSON of committed runs.
 
-``winnow demo --out benchmarks/results/demo.json`` makes the JSON,
-``python -m winnow.bench.readme`` puts it into README.md and draws docs/images/demo.png.
+``winnow demo --out benchmarks/results/demo.json`` and ``winnow bench lifecycle --out benchmarks/results``
+make the JSON, ``python -m winnow.bench.readme`` puts it into README.md and draws docs/images/demo.png.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 
 from winnow.bench.output import insert
 
-__all__ = ["draw", "markdown"]
+__all__ = ["TABLES", "draw", "lifecycle", "markdown"]
 
 
 def markdown(report: dict[str, Any]) -> str:
@@ -48,6 +48,59 @@ def markdown(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def lifecycle(summary: dict[str, Any]) -> str:
+    """A lifecycle run as a Markdown table: turns of a conversation, and separate requests beside them."""
+    config, machine = summary["config"], summary["machine"]
+    rows = {(row["system"], row["mode"]): row for row in summary["rows"]}
+    lines = [
+        "| recipe | kind | turn 1 | later turns | separate requests | first token | scores computed "
+        "| KV stored | KV read per token |",
+        "|---|---|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    for system in summary["systems"]:
+        name = system["name"]
+        turns, requests = rows.get((name, "multi-turn")), rows.get((name, "multi-request"))
+        if turns is None:
+            continue
+        scores, beside = turns["scores"]["part"], turns["beside_baseline"]
+        cells = (
+            f"`{name}`",
+            system["kind"],
+            *(_right(scores.get(part)) for part in ("first", "later")),
+            _right(requests["scores"]["all"] if requests else None),
+            f"{turns['cost']['first_token_seconds']:.2f} s",
+            *(_share(beside[key]) for key in ("score_entries", "bytes_stored", "bytes_read_per_token")),
+        )
+        lines.append("| " + " | ".join(cells) + " |")
+    lengths = ", ".join(str(length) for length in config["lengths"])
+    lines += [
+        "",
+        f"Right answers, 95 % bootstrap intervals over examples: {len(config['tasks'])} tasks at {lengths} "
+        f"tokens, {config['examples']} examples each with {config['turns']} questions, on the model "
+        f"`{config['model']}`; costs in per cent of full attention, in a conversation of all turns; "
+        f"{machine['cpu']['name']}, {machine['cores']} cores. Made by `winnow bench lifecycle`; "
+        "raw samples in `benchmarks/results/lifecycle.json`.",
+    ]
+    return "\n".join(lines)
+
+
+def _right(score: dict[str, Any] | None) -> str:
+    if score is None:
+        return ""
+    return f"{score['mean']:.0%} ({100 * score['low']:.0f} to {100 * score['high']:.0f})"
+
+
+def _share(share: float | None) -> str:
+    return "not known" if share is None else f"{share:.0%}"
+
+
+TABLES = (
+    ("demo", "benchmarks/results/demo.json", markdown),
+    ("lifecycle", "benchmarks/results/lifecycle.json", lifecycle),
+)
+"""Mark in the README, the run that stands there, and how it is written."""
+
+
 def draw(report: dict[str, Any], path: Path) -> None:
     """Bars of quality and cost beside full attention (needs the extra ``plot``)."""
     import matplotlib
@@ -81,11 +134,14 @@ def draw(report: dict[str, Any], path: Path) -> None:
 
 
 def main(root: Path) -> None:
-    """Rewrite the table and the picture under a checkout's root."""
-    report = json.loads((root / "benchmarks/results/demo.json").read_text(encoding="utf-8"))
+    """Rewrite the tables and the picture under a checkout's root."""
     readme = root / "README.md"
-    readme.write_text(insert(readme.read_text(encoding="utf-8"), "demo", markdown(report)), encoding="utf-8")
-    draw(report, root / "docs/images/demo.png")
+    page = readme.read_text(encoding="utf-8")
+    for mark, source, written in TABLES:
+        if (root / source).exists():
+            page = insert(page, mark, written(json.loads((root / source).read_text(encoding="utf-8"))))
+    readme.write_text(page, encoding="utf-8")
+    draw(json.loads((root / TABLES[0][1]).read_text(encoding="utf-8")), root / "docs/images/demo.png")
 
 
 if __name__ == "__main__":

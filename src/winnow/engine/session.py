@@ -100,6 +100,11 @@ class Session:
         """Measured KV bytes held now, by ``tier/codec``."""
         return self._sequence.bytes_stored()
 
+    def head_entries(self) -> list[list[int]]:
+        """Entries by layer and KV head, borrowed ones included."""
+        store = self._sequence.store
+        return [store.lengths(layer) for layer in range(store.layers)]
+
     def head_bytes(self) -> list[list[int]]:
         """Bytes of the entries by layer and KV head, borrowed ones included, without page rounding."""
         store = self._sequence.store

@@ -22,21 +22,29 @@ BASELINE = "full"
 """Everything computed, kept and read: the uncompressed baseline, which always runs."""
 
 RECIPES = (
-    "a-shape:init=64,local=512",
-    "tri-shape:init=64,local=512,last=64",
+    "a-shape:init=64,local=448",
+    "tri-shape:init=64,local=448,last=64",
     "sparse-prefill",
-    "keep-quarter",
+    "streaming-llm:sinks=4,recent=508",
+    "snapkv:keep=512",
+    "gear",
     "tidal-decode:keep=256",
+    "quest:keep=256",
     "sparse-read",
     "four-stages",
 )
-"""What runs by default beside the baseline: patterns static and dynamic, dropping, sparse reading."""
+"""What runs by default beside the baseline: sparse prefill by static and by dynamic patterns, dropping by
+static and by dynamic rules, a smaller codec, sparse reading, and all stages at once; 512 entries where a
+recipe keeps or computes fewer, 256 where it only reads fewer."""
 
 KINDS = {
     BASELINE: "baseline",
-    "a-shape:init=64,local=512": "static pattern",
-    "tri-shape:init=64,local=512,last=64": "static pattern",
+    "a-shape:init=64,local=448": "static pattern",
+    "tri-shape:init=64,local=448,last=64": "static pattern",
     "sparse-prefill": "dynamic pattern",
+    "streaming-llm:sinks=4,recent=508": "static dropping",
+    "snapkv:keep=512": "dynamic dropping",
+    "gear": "smaller codec",
 }
 """What the stages of a recipe do not tell by themselves."""
 
@@ -152,7 +160,7 @@ def default(model: str = "embedded", **changes: Any) -> Config:
         "form": form,
         "tasks": tuple(task.name for task in TASKS.values() if form in task.forms),
         "lengths": (1024, 2048, 4096) if form == "embedded" else (4096, 16384),
-        "examples": 3,
+        "examples": 2,
         "turns": 4,
     }
     given = {name: tuple(v) if isinstance(v, list) else v for name, v in changes.items() if v is not None}

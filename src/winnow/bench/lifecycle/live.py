@@ -147,7 +147,8 @@ def table(summary: Mapping[str, Any]) -> Iterator[Table]:
 
 def _cells(row: Mapping[str, Any]) -> Iterator[str]:
     part, cost, beside = row["scores"]["part"], row["cost"], row["beside_baseline"]
-    yield row["system"].replace(",", ", ")
+    source, _, listed = row["system"].partition(":")
+    yield f"{source}\n{listed.replace(',', ', ')}" if "=" in listed else row["system"]
     for name in ("first", "later"):
         one = part.get(name)
         yield f"{_percent(one['mean'])}\n{100 * one['low']:.0f}-{_percent(one['high'])}" if one else ""
@@ -166,8 +167,8 @@ def notes(summary: Mapping[str, Any]) -> list[str]:
     """How to read the table, and what is missing from it."""
     out = [
         "Right answers with 95 % bootstrap intervals over examples. Scores, KV stored and read: beside the "
-        "baseline, as measured; in brackets what the method's own counting says. First token: median, the "
-        "context's reading included."
+        "baseline, as measured; in brackets the shares with which methods are quoted, of entries kept and of "
+        "scores computed while decoding. First token: median, the context's reading included."
     ]
     out += [f"{s['name']} is missing: {s['missing']}" for s in summary["systems"] if s["missing"]]
     if failures := summary["failures"]:

@@ -133,3 +133,6 @@ class _Talk:
 
     def head_bytes(self) -> list[list[int]] | None:
         return None
+
+    def entries(self) -> int | None:
+        return None

@@ -73,7 +73,7 @@ def hold(system: System, mode: str, example: Example) -> ExampleRecord:
     begun = time.perf_counter()
     with system.open(requests=mode == REQUESTS) as talk:
         turns = tuple(MODES[mode](talk, example))
-        heads, replayed = talk.head_bytes(), talk.replayed
+        heads, entries, replayed = talk.head_bytes(), talk.entries(), talk.replayed
     return ExampleRecord(
         system=system.name,
         mode=mode,
@@ -84,6 +84,7 @@ def hold(system: System, mode: str, example: Example) -> ExampleRecord:
         checksum=example.checksum,
         turns=turns,
         head_bytes=heads,
+        entries=entries,
         resident_bytes=before,
         peak_bytes=system.peak(),
         replayed_tokens=replayed,

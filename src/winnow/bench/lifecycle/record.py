@@ -105,6 +105,8 @@ class ExampleRecord:
     turns : tuple of TurnRecord
     head_bytes : list of list of int, or None
         Bytes of the entries by layer and KV head after the last turn.
+    entries : int or None
+        How many entries that is.
     resident_bytes, peak_bytes : int or None
         Resident memory of the process before the example, and its peak meanwhile.
     replayed_tokens : int
@@ -123,6 +125,7 @@ class ExampleRecord:
     checksum: str
     turns: tuple[TurnRecord, ...]
     head_bytes: list[list[int]] | None = None
+    entries: int | None = None
     resident_bytes: int | None = None
     peak_bytes: int | None = None
     replayed_tokens: int = 0

@@ -199,9 +199,9 @@ def _check_lengths(config: Config, llm: api.LLM) -> int:
 
 
 def publish(summary: Mapping[str, Any], directory: Path) -> list[Path]:
-    """Write ``lifecycle.json`` and ``report.html`` into a directory; the files."""
-    written = [directory / "lifecycle.json", directory / "report.html"]
-    save(dict(summary), written[0])
+    """Write ``lifecycle.json`` and ``lifecycle.html`` into a directory; the files."""
+    written = [directory / "lifecycle.json", directory / "lifecycle.html"]
+    save(dict(summary), written[0], depth=3)
     written[1].write_text(page(summary), encoding="utf-8")
     return written
 

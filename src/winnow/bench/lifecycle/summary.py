@@ -63,12 +63,17 @@ def summarise(
 
 
 def _row(mine: Records, base: Records, nominal: float | None) -> dict[str, Any]:
+    """Measures of a system in a mode.
+
+    What methods are quoted with stands apart as ``nominal``: the share of the entries that are held,
+    and of the scores that are computed while decoding.
+    """
     return {
         "scores": scores(mine),
         "cost": cost(mine),
         "beside_baseline": _beside(mine, base),
         "nominal": {
-            "stored": nominal if nominal is not None else _kept(mine),
+            "stored": nominal if nominal is not None else _divide(_pairs(mine, base, lambda r: r.entries)),
             "read": _ratio(mine, base, lambda turn: turn.reply.decode_score_entries),
         },
     }
@@ -246,13 +251,6 @@ def _median_ratio(
 ) -> float | None:
     ratios = [here / there for here, there in _pairs(mine, base, value) if there > 0]
     return statistics.median(ratios) if ratios else None
-
-
-def _kept(records: Records) -> float:
-    """Share of the entries that the compressions left, as they counted them."""
-    replies = [turn.reply for record in records for turn in record.turns]
-    before = sum(reply.entries_before for reply in replies)
-    return sum(reply.entries_after for reply in replies) / before if before else 1.0
 
 
 # ---------------------------------------------------------------------- raw samples

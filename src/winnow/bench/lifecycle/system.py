@@ -44,6 +44,10 @@ class Conversation(Protocol):
         """Bytes of the entries by layer and KV head; None where that is not known."""
         ...
 
+    def entries(self) -> int | None:
+        """Entries of all layers and KV heads; None where that is not known."""
+        ...
+
 
 class System(Protocol):
     """A contender: something that holds conversations."""
@@ -154,6 +158,9 @@ class _Session:
     def head_bytes(self) -> list[list[int]] | None:
         return self._session.head_bytes()
 
+    def entries(self) -> int | None:
+        return sum(map(sum, self._session.head_entries()))
+
     def close(self) -> None:
         self._session.close()
 
@@ -186,6 +193,9 @@ class _Requests:
 
     def head_bytes(self) -> list[list[int]] | None:
         return None  # a request's entries are freed when it ends
+
+    def entries(self) -> int | None:
+        return None
 
     def close(self) -> None:
         pass

@@ -132,9 +132,9 @@ def _results(summary: Mapping[str, Any], mode: str) -> str:
     )
     note = (
         "Right answers with 95 % bootstrap intervals over examples; per cent of the baseline below a cost. "
-        "Measured: bytes of live allocations, and of the entries that the kernels read. Nominal: the share "
-        "of entries that the method itself counts as kept, or as scored while decoding. First token: "
-        "median, the reading of the context included. An interval of no width means "
+        "Measured: bytes of live allocations, and of the entries that the kernels read. Nominal: "
+        "the shares with which methods are quoted, of entries kept and of scores computed while decoding. "
+        "First token: median, the reading of the context included. An interval of no width means "
         "that all examples scored alike."
     )
     return markup_table(head, rows, caption=f"Results, {mode}", headed=True) + tag(
