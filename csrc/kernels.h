@@ -5,6 +5,7 @@
 #pragma once
 #include "decode.h"
 #include "key_scan.h"
+#include "mass.h"
 #include "matvec.h"
 #include "pointwise.h"
 #include "prefill.h"
@@ -15,6 +16,7 @@ namespace winnow {
 
 struct KernelTable {
   PrefillKernels prefill;
+  MassKernels mass;
   DecodeKernels decode;
   MatvecKernels matvec;
   KeyScanKernels key_scan;

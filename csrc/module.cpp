@@ -8,6 +8,7 @@ namespace nb = nanobind;
 
 namespace winnow {
 void bind_prefill(nb::module_& m);
+void bind_mass(nb::module_& m);
 void bind_decode(nb::module_& m);
 void bind_matvec(nb::module_& m);
 void bind_key_scan(nb::module_& m);
@@ -21,6 +22,7 @@ NB_MODULE(_native, m) {
   m.def("current_isa", &winnow::current_isa);
   m.def("force_isa", &winnow::force_isa);
   winnow::bind_prefill(m);
+  winnow::bind_mass(m);
   winnow::bind_decode(m);
   winnow::bind_matvec(m);
   winnow::bind_key_scan(m);

@@ -6,18 +6,13 @@
 #include "prefill.h"
 
 #include <omp.h>
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
 
 #include <algorithm>
-#include <cstdlib>
-#include <memory>
-#include <new>
 #include <stdexcept>
 #include <type_traits>
 #include <vector>
 
+#include "memory.h"
 #include "prefill_pack.h"
 #include "prefill_tile.h"
 
@@ -31,34 +26,6 @@ constexpr int64_t kPackedBytes = 16 << 20;  // packed heads at once, and what is
 constexpr double kOneThread = 2e6;        // multiplications
 constexpr int64_t kAhead = 32;  // entries that packing fetches ahead of what it reads
 constexpr int kListRows = 512;  // rows of an item that packs a gathered list: they pay for the packing
-
-struct Free {
-  void operator()(void* p) const { std::free(p); }
-};
-using Memory = std::unique_ptr<char[], Free>;
-
-int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
-
-// Large memory that is about to be written: a page of 2 MiB costs one fault instead of 512, and fewer misses
-// of the translation buffer. Only a hint, and only where the system lets programs choose.
-void prefer_large_pages(void* from, int64_t bytes) {
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-  constexpr int64_t kPage = 2 << 20;
-  const int64_t begin = round_up(reinterpret_cast<int64_t>(from), kPage);
-  const int64_t end = (reinterpret_cast<int64_t>(from) + bytes) / kPage * kPage;
-  if (end > begin) madvise(reinterpret_cast<void*>(begin), static_cast<size_t>(end - begin), MADV_HUGEPAGE);
-#else
-  (void)from, (void)bytes;
-#endif
-}
-
-Memory allocate(int64_t bytes) {
-  const int64_t size = std::max<int64_t>(round_up(bytes, 64), 64);
-  void* p = std::aligned_alloc(64, static_cast<size_t>(size));
-  if (p == nullptr) throw std::bad_alloc();
-  prefer_large_pages(p, size);
-  return Memory(static_cast<char*>(p));
-}
 
 // Packed heads of the last call: a new mapping would cost a page fault for every 4 KiB of them.
 struct Kept {

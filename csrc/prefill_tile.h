@@ -160,6 +160,19 @@ static inline void pv_rows(const uint32_t* p, const uint32_t* const* v, int pane
   }
 }
 
+// Products of queries and keys as logits times log2(e), where there is a softcap or a bias.
+static inline Vec transformed(Vec x, const TileMaths& maths, const float* bias) {
+  x = x * splat(maths.plain_scale);
+  if (maths.softcap > 0) {
+    // tanh(y) = 1 - 2 / (e^2y + 1); the exponent is clamped where tanh is 1 in float32.
+    Vec y = x * splat(2 * kLog2E / maths.softcap);
+    y = y > splat(40.f) ? splat(40.f) : y;
+    x = splat(maths.softcap) * (splat(1.f) - splat(2.f) / (exp2v<5>(y) + splat(1.f)));
+  }
+  if (bias != nullptr) x = x + load(bias);
+  return x * splat(kLog2E);
+}
+
 // Softcap, bias and mask, in place; afterwards logits are in powers of two where `maths.transforms`.
 WINNOW_NOINLINE void transform_row(float* s, const Tile& tile, int first, int panels, const Visible& seen, bool mask,
                                  const TileMaths& maths, float* highest) {
@@ -176,17 +189,7 @@ WINNOW_NOINLINE void transform_row(float* s, const Tile& tile, int first, int pa
     for (int i = 0; i < kPanelVectors; ++i) {
       float* logits = s + n * kPanel + i * kLanes;
       Vec x = load(logits);
-      if (maths.transforms) {
-        x = x * splat(maths.plain_scale);
-        if (maths.softcap > 0) {
-          // tanh(y) = 1 - 2 / (e^2y + 1); the exponent is clamped where tanh is 1 in float32.
-          Vec y = x * splat(2 * kLog2E / maths.softcap);
-          y = y > splat(40.f) ? splat(40.f) : y;
-          x = splat(maths.softcap) * (splat(1.f) - splat(2.f) / (exp2v<5>(y) + splat(1.f)));
-        }
-        if (bias != nullptr) x = x + load(bias + i * kLanes);
-        x = x * splat(kLog2E);
-      }
+      if (maths.transforms) x = transformed(x, maths, bias == nullptr ? nullptr : bias + i * kLanes);
       if (!whole) {
         const VecInt at = lanes + (slot + i * kLanes);
         const VecInt lit = ((at >= seen.a0) & (at < seen.a1)) | ((at >= seen.b0) & (at < seen.b1));

@@ -5,6 +5,7 @@ namespace WINNOW_ISA {
 
 // Each <op>_kernels() is defined in the op's own file, in this namespace.
 PrefillKernels prefill_kernels();
+MassKernels mass_kernels();
 DecodeKernels decode_kernels();
 MatvecKernels matvec_kernels();
 KeyScanKernels key_scan_kernels();
@@ -13,7 +14,7 @@ QuantizeKernels quantize_kernels();
 PointwiseKernels pointwise_kernels();
 
 const KernelTable* table() {
-  static const KernelTable kernels{prefill_kernels(), decode_kernels(), matvec_kernels(),
+  static const KernelTable kernels{prefill_kernels(),  mass_kernels(),  decode_kernels(),   matvec_kernels(),
                                    key_scan_kernels(), top_k_kernels(), quantize_kernels(), pointwise_kernels()};
   return &kernels;
 }

@@ -7,7 +7,7 @@ from torch import Tensor
 from winnow.kernels.backend import Backend, choose
 from winnow.types import AttentionSpec, Segment
 
-from . import reference
+from . import native, reference
 
 __all__ = ["mass"]
 
@@ -30,13 +30,15 @@ def mass(
     Parameters
     ----------
     q_THD : Tensor
-        ``[T, H * G, D]`` post-RoPE queries.
+        ``[T, H * G, D]`` post-RoPE queries, float32, float16 or bfloat16; the last dimension contiguous.
     segment : Segment
+        Keys of the same dtype.
     spec : AttentionSpec
     query_positions : Tensor
         ``[T]`` int32 on the CPU, ascending.
     lse : Tensor
-        ``[T, H * G]`` float32 log-sum-exp over all entries of the layer, sinks included.
+        ``[T, H * G]`` float32 log-sum-exp over all entries of the layer, sinks included; a query
+        whose own is ``-inf`` saw nothing and gives nothing.
     backend : Backend
 
     Returns
@@ -44,5 +46,11 @@ def mass(
     Tensor
         ``[H * G, S]`` float32, ``S`` the longest head; 0 behind the end of a shorter one.
     """
-    choose("mass", backend, q_THD.device, unsupported="there is no native form yet")
+    chosen = choose("mass", backend, q_THD.device, unsupported=native.unsupported(q_THD, segment, spec))
+    if chosen == "native":
+        return native.mass(q_THD, segment, spec, query_positions, lse)
+    if chosen == "triton":
+        from . import triton
+
+        return triton.mass(q_THD, segment, spec, query_positions, lse)
     return reference.mass(q_THD, segment, spec, query_positions, lse)

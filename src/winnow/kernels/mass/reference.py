@@ -36,6 +36,8 @@ def mass(
                 logits_TS = logits_TS + segment.bias[h, :S]
             gap_TS = q_pos_T[tile, None] - k_pos_S[None]
             seen_TS = gap_TS >= 0 if spec.window is None else (gap_TS >= 0) & (gap_TS < spec.window)
+            # A query that gives nothing anything has no sum to divide by.
+            seen_TS &= lse_TH[tile, n, None] > -torch.inf
             p_TS = torch.exp(logits_TS - lse_TH[tile, n, None])
             mass_HS[n, :S] += p_TS.masked_fill(~seen_TS, 0.0).sum(0)
     return mass_HS
