@@ -18,6 +18,7 @@ from winnow.engine.request import Result, SamplingParams
 from winnow.engine.scheduler import Limits
 from winnow.engine.session import Session
 from winnow.engine.workers import Hogwild, WorkersResult
+from winnow.episodes import Episodes
 from winnow.kernels.backend import Backend
 from winnow.models.load import Runner, load_model
 from winnow.models.swiftkv.model import transformed
@@ -240,6 +241,27 @@ class LLM:
     def session(self) -> TextSession:
         """Start a multi-turn session."""
         return TextSession(self, Session(self.engine))
+
+    def read(self, prompt: Prompt, *, probe: Prompt = ()) -> TextSession:
+        """A session that has read a prompt and answered nothing yet.
+
+        Parameters
+        ----------
+        prompt : str or list of int
+        probe : str or list of int
+            Text for a recipe whose compression reads one over the entries before it acts.
+        """
+        session = Session(self.engine)
+        try:
+            session.read(self.tokens(prompt), probe=self.tokens(probe, special=False))
+        except BaseException:
+            session.close()
+            raise
+        return TextSession(self, session)
+
+    def episodes(self, history: Seq[str], **options: Any) -> Episodes:
+        """One compressed cache per topic of a long conversation; see :class:`winnow.episodes.Episodes`."""
+        return Episodes(self, history, **options)
 
     def load_session(self, path: str | Path) -> TextSession:
         """Open a saved session with this model and recipe."""

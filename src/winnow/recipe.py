@@ -35,9 +35,11 @@ from winnow.compression.budgets.adaptive import Adaptive
 from winnow.compression.budgets.density import Density
 from winnow.compression.budgets.everything import Everything
 from winnow.compression.budgets.retrieval_heads import RetrievalHeads
+from winnow.compression.budgets.sensitivity import Sensitivity
 from winnow.compression.budgets.uniform import Uniform
 from winnow.compression.protocol import Action, BudgetRule, Compress, Scorer
 from winnow.compression.scorers.accumulated import Accumulated
+from winnow.compression.scorers.peak_attention import PeakAttention
 from winnow.compression.scorers.probe_attention import ProbeAttention
 from winnow.compression.scorers.recency import Recency
 from winnow.compression.scorers.recurrence import Recurrence
@@ -78,6 +80,7 @@ PARTS: dict[Slot, dict[str, type]] = {
         "recency": Recency,
         "accumulated": Accumulated,
         "recurrence": Recurrence,
+        "peak-attention": PeakAttention,
         "probe-attention": ProbeAttention,
     },
     "budget": {
@@ -86,6 +89,7 @@ PARTS: dict[Slot, dict[str, type]] = {
         "adaptive": Adaptive,
         "density": Density,
         "retrieval-heads": RetrievalHeads,
+        "sensitivity": Sensitivity,
     },
     "action": {
         "drop": Drop,

@@ -316,6 +316,9 @@ class Needs:
         Keep the post-RoPE queries of the last so many prompt tokens.
     random_queries : int
         Keep those of so many other prompt tokens, drawn without replacement from a fixed seed.
+    probe : bool
+        Where the sequence has a probe text: before acting on a prompt, read it over the entries and keep
+        its queries, all of them, in place of the prompt's; its entries are not kept.
     mass : {"none", "decode", "all"}
         Hand every call's attention mass to the part: of decode steps, or of prefill chunks too
         (which takes a second pass over the scores).
@@ -329,6 +332,7 @@ class Needs:
 
     window_queries: int = 0
     random_queries: int = 0
+    probe: bool = False
     mass: Literal["none", "decode", "all"] = "none"
     rotary: bool = False
     profile: bool = False
@@ -339,6 +343,7 @@ class Needs:
         return Needs(
             window_queries=max(self.window_queries, other.window_queries),
             random_queries=max(self.random_queries, other.random_queries),
+            probe=self.probe or other.probe,
             mass=max(self.mass, other.mass, key=order.index),
             rotary=self.rotary or other.rotary,
             profile=self.profile or other.profile,

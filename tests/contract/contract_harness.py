@@ -28,8 +28,10 @@ from winnow.compression.budgets.adaptive import Adaptive
 from winnow.compression.budgets.density import Density
 from winnow.compression.budgets.everything import Everything
 from winnow.compression.budgets.retrieval_heads import RetrievalHeads
+from winnow.compression.budgets.sensitivity import Sensitivity
 from winnow.compression.budgets.uniform import Uniform
 from winnow.compression.scorers.accumulated import Accumulated
+from winnow.compression.scorers.peak_attention import PeakAttention
 from winnow.compression.scorers.probe_attention import ProbeAttention
 from winnow.compression.scorers.recency import Recency
 from winnow.compression.scorers.recurrence import Recurrence
@@ -96,6 +98,7 @@ SAMPLES: dict[type, Sample] = {
     ),
     SwiftKV: Sample(SwiftKV(layers=1, pattern=AShape(init=3, local=9)), SwiftKV(layers=1)),
     WindowAttention: Sample(WindowAttention(window=4, pool=3), WindowAttention(window=4, pool=1)),
+    PeakAttention: Sample(PeakAttention(), PeakAttention()),
     ProbeAttention: Sample(ProbeAttention(recent=3, random=2), ProbeAttention()),
     Recency: Sample(Recency(sinks=2), Recency(sinks=0)),
     Accumulated: Sample(Accumulated(recent=4, sinks=1), Accumulated(recent=4)),
@@ -111,6 +114,7 @@ SAMPLES: dict[type, Sample] = {
         RetrievalHeads(induction=25, echo=0, sinks=2, buffer=8, divisor=1000),
         RetrievalHeads(buffer=10_000),
     ),
+    Sensitivity: Sample(Sensitivity(keep=24), Sensitivity(keep=10_000)),
     Drop: Sample(Drop(), Drop()),
     Slide: Sample(Slide(sinks=3), Slide(sinks=3)),
     MergeSimilar: Sample(MergeSimilar(), MergeSimilar()),
@@ -139,12 +143,17 @@ class HalfSplit:
 
 ROTARY = HalfSplit()
 
-PROFILE = Profile(
-    kind="retrieval-heads",
-    model="",
-    tensors={name: torch.arange(8.0).view(4, 2) for name in ("induction", "echo")},
-)
-"""What parts that read an offline profile are given."""
+PROFILES = {
+    "RetrievalHeads": Profile(
+        kind="retrieval-heads",
+        model="",
+        tensors={name: torch.arange(8.0).view(4, 2) for name in ("induction", "echo")},
+    ),
+    "Sensitivity": Profile(
+        kind="layer-sensitivity", model="", tensors={"cosine": torch.tensor([0.9, 0.5, 0.7, 0.8])}
+    ),
+}
+"""What parts that read an offline profile are given, by class."""
 
 
 def parts(slot: str, check: str) -> Any:

@@ -10,7 +10,7 @@ from contract_harness import (
     DTYPES,
     GROUPS,
     LENGTHS,
-    PROFILE,
+    PROFILES,
     ROTARY,
     SAMPLES,
     TOLERANCE,
@@ -62,8 +62,9 @@ def glimpse(seen: Observation) -> Glimpse:
     return Glimpse(layer=0, prompt=True, positions=seen.query_positions, lengths=segment.lengths, mass=mass)
 
 
-def setting(lengths: list[int], layers: int = 1) -> Setting:
-    return Setting(layers=range(layers), of=layers, tokens=max(lengths), profile=PROFILE)
+def setting(part: type, lengths: list[int], layers: int = 1) -> Setting:
+    profile = PROFILES.get(part.__name__)
+    return Setting(layers=range(layers), of=layers, tokens=max(lengths), profile=profile)
 
 
 def planned(action, given: Scores, budget: Budget):
@@ -169,10 +170,10 @@ def test_scores_depend_on_this_sequence_only(part):
 def test_no_head_is_given_more_than_it_holds(part, lengths):
     sample = SAMPLES[part]
     for rule in sample:
-        (budget,) = rule.allocate([scores(lengths)], setting(lengths), rule.state())
+        (budget,) = rule.allocate([scores(lengths)], setting(part, lengths), rule.state())
         assert (budget.entries <= torch.tensor(lengths)).all()
         assert (budget.entries >= 1).all()
-    (limit,) = sample.limit.allocate([scores(lengths)], setting(lengths), sample.limit.state())
+    (limit,) = sample.limit.allocate([scores(lengths)], setting(part, lengths), sample.limit.state())
     assert limit.entries.tolist() == lengths, "the limit must keep everything"
 
 
@@ -180,7 +181,9 @@ def test_no_head_is_given_more_than_it_holds(part, lengths):
 def test_a_budget_is_met_exactly_in_total(part):
     tight = SAMPLES[part].tight
     lengths = [200, 200]
-    budgets = tight.allocate([scores(lengths, seed=i) for i in range(4)], setting(lengths, 4), tight.state())
+    budgets = tight.allocate(
+        [scores(lengths, seed=i) for i in range(4)], setting(part, lengths, 4), tight.state()
+    )
     assert len(budgets) == 4
     total = sum(int(b.entries.sum()) for b in budgets)
     assert total == 4 * 2 * (200 if tight.least is None else tight.keep)
@@ -190,7 +193,7 @@ def test_a_budget_is_met_exactly_in_total(part):
 def test_allocating_writes_to_nothing(part):
     given = [scores([40, 50])]
     before, tight = snapshot(given), SAMPLES[part].tight
-    (budget,) = tight.allocate(given, setting([40, 50]), tight.state())
+    (budget,) = tight.allocate(given, setting(part, [40, 50]), tight.state())
     budget.entries.add_(1)
     assert same(before, snapshot(given))
 

@@ -46,6 +46,7 @@ TIGHT: dict[str, dict[str, Any]] = {
     "think": {"percent": 40, "keep": 100},
     "zipcache": {"every": 4, "recent": 8, "random": 8},
     "gear": {"bits": 4, "every": 64},
+    "epicache": {"keep": 40},
     "razor-attention": {"induction": 20, "echo": 10, "buffer": 30, "divisor": 50, "every": 4},
     "prefix-reuse": {"page": 16},
     "cacheblend": {"recompute": (30,)},
@@ -68,6 +69,7 @@ LIMIT: dict[str, dict[str, Any]] = {
     "zipcache": {"high": 16, "low": 16, "every": 4},
     "gear": {"recent": 10_000},
     "razor-attention": {"buffer": 10_000},
+    "epicache": {"keep": 10_000},
     "prefix-reuse": {"page": 16},
     "cacheblend": {"recompute": (100,)},
     "tidal-decode": {"keep": 10_000},
@@ -81,8 +83,9 @@ EVERY = pytest.mark.parametrize("name", [*METHODS, "all four"])
 def recipe(name: str, table: dict[str, dict[str, Any]] = TIGHT, query_heads: int = 4) -> Recipe:
     if name != "all four":
         options = table[name]
-        if "profile" in inspect.signature(METHODS[name].make).parameters:
-            options = options | {"profile": str(profile_of(query_heads))}
+        if profile := inspect.signature(METHODS[name].make).parameters.get("profile"):
+            kind = Path(profile.default).stem
+            options = options | {"profile": str(profile_of(query_heads, kind))}
         return load(name, **options)
     out = Recipe()
     for one in ("anchor-attention", "snapkv", "prefix-reuse", "tidal-decode"):
@@ -91,12 +94,15 @@ def recipe(name: str, table: dict[str, dict[str, Any]] = TIGHT, query_heads: int
 
 
 @cache
-def profile_of(query_heads: int) -> Path:
-    path = PROFILES / f"{query_heads}.safetensors"
+def profile_of(query_heads: int, kind: str) -> Path:
+    path = PROFILES / f"{kind}-{query_heads}.safetensors"
     scores = torch.rand(2, LAYERS, KV_HEADS, generator=torch.Generator().manual_seed(0))
     fingerprint = winnow.load(llama(query_heads)).engine.model.fingerprint
-    tensors = {"induction": scores[0], "echo": scores[1]}
-    save_profile(Profile(kind="retrieval-heads", model=fingerprint, tensors=tensors), path)
+    tensors = {
+        "retrieval-heads": {"induction": scores[0], "echo": scores[1]},
+        "layer-sensitivity": {"cosine": scores[0, :, 0]},
+    }
+    save_profile(Profile(kind=kind, model=fingerprint, tensors=tensors[kind]), path)
     return path
 
 

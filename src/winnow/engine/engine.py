@@ -12,6 +12,7 @@ from typing import Protocol
 import torch
 
 from winnow.engine.attend import Slice, StepAttention
+from winnow.engine.probe import probe
 from winnow.engine.repair import Division, Repair
 from winnow.engine.request import Result, Sample, SamplingParams, Stats
 from winnow.engine.sampling import generator, logprob_record, sample
@@ -397,7 +398,7 @@ class Engine:
         if compression is not None:
             compression.acted = sequence.store.length
             if compression.acts_on_turn(sequence.turns):
-                self._compress(run)
+                self._compress(run, prompt=True)
         sequence.turns += 1
 
     def _chunk_done(self, run: _Run) -> None:
@@ -406,16 +407,18 @@ class Engine:
             return
         if compression.acts_on_turn(run.sequence.turns):
             self._give(run.sequence)
-            self._compress(run)
+            self._compress(run, prompt=True)
 
     def _decoded(self, run: _Run) -> None:
         compression = run.sequence.compression
         if compression is not None and compression.due(run.sequence.store.length):
-            self._compress(run)
+            self._compress(run, prompt=False)
 
-    def _compress(self, run: _Run) -> None:
+    def _compress(self, run: _Run, *, prompt: bool) -> None:
         sequence = run.sequence
         assert sequence.compression is not None
+        if prompt and sequence.probe and sequence.compression.recipe.needs.probe:
+            probe(self.model, sequence, run.result.stats, self.backend)
         sequence.compression.act(sequence.store, self.model, run.result.stats)
         sequence.pure, sequence.compressed = 0, sequence.store.length
 

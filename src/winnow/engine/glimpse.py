@@ -8,9 +8,8 @@ import torch
 from torch import Tensor
 
 from winnow.kernels.backend import Backend
+from winnow.kernels.dense import dense
 from winnow.kernels.mass import mass
-from winnow.kernels.merge import add_sinks, merge
-from winnow.kernels.prefill import prefill
 from winnow.store.codecs import EncodedSegment
 from winnow.types import AttentionSpec, Glimpse, Partial, Segment
 
@@ -42,14 +41,8 @@ def prefill_glimpse(
     """
     pairs = 0
     if partial is None:
-        dense = [
-            prefill(q_THD, segment, spec=spec, query_positions=positions_T, backend=backend)
-            for segment in segments
-        ]
-        partial = merge(dense)
+        partial = dense(q_THD, segments, spec=spec, query_positions=positions_T, backend=backend)
         pairs = partial.pairs
-        if spec.sinks is not None:
-            partial = add_sinks(partial, spec.sinks)
     parts = [
         mass(q_THD, segment, spec=spec, query_positions=positions_T, lse=partial.lse, backend=backend)
         for segment in segments

@@ -53,6 +53,8 @@ class Sequence:
         Length when entries were last dropped or changed; 0 where they never were.
     salt : str
         Sequences of different salts share nothing through a pool.
+    probe : list of int
+        Text that is read over the entries before a compression that asks for one acts.
     compression : Compression or None
         What the recipe's compression remembers of this sequence.
     """
@@ -65,6 +67,7 @@ class Sequence:
         self.turns = 0
         self.compressed = 0
         self.salt = ""
+        self.probe: list[int] = []
         self.generation_state: Any = recipe.generation.state() if recipe.generation else None
         self.loading_state: Any = recipe.loading.state() if recipe.loading else None
         self.compression = Compression(recipe.compression, profile) if recipe.compression else None

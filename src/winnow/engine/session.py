@@ -66,6 +66,20 @@ class Session:
         self._engine.submit(tokens, params, sequence=self._sequence, division=division)
         return self._engine.events(progress)
 
+    def read(self, tokens: Seq[int], *, probe: Seq[int] = ()) -> Result:
+        """Append ``tokens`` without an answer; the result has their figures.
+
+        Parameters
+        ----------
+        tokens : sequence of int
+        probe : sequence of int
+            Text for a compression that reads one over the entries before it acts (EpiCache).
+        """
+        self._sequence.probe = list(probe)
+        result = self.run(tokens, SamplingParams(max_new_tokens=1, ignore_eos=True))
+        self.rewind(len(self._sequence.tokens) - 1)
+        return result
+
     def fork(self) -> Session:
         """A new session that starts from a snapshot of this one and shares its entries.
 

@@ -29,16 +29,23 @@ class QueryWatch:
         self._random = needs.random_queries
         self._drawn = torch.empty(0, dtype=torch.int32)
         self._active = False
+        self._every = False
         self._seen: dict[int, tuple[Tensor, Tensor]] = {}
 
     def begin(self, first: int, last: int, *, active: bool) -> None:
         """A prefill of positions ``first .. last - 1`` begins; nobody will ask unless ``active``."""
         self.forget()
+        self._every = False
         self._active = active and self._window + self._random > 0
         if self._active and self._random:
             others = max(0, last - first - self._window)
             drawn = torch.randperm(others, generator=torch.Generator().manual_seed(last))[: self._random]
             self._drawn = (drawn.sort().values + first).to(torch.int32)
+
+    def begin_probe(self) -> None:
+        """What comes next is a probe: all of its queries are asked for, and none before it."""
+        self.forget()
+        self._active, self._every = True, True
 
     def see(self, layer: int, q_THD: Tensor, positions_T: Tensor) -> None:
         """Take what is asked for from the queries of one chunk."""
@@ -49,7 +56,9 @@ class QueryWatch:
             q_before, before = self._seen[layer]
             q_THD, positions_T = torch.cat([q_before, q_THD]), torch.cat([before, positions_T])
         wanted_T = torch.isin(positions_T, self._drawn)
-        if self._window:
+        if self._every:
+            wanted_T[:] = True
+        elif self._window:
             wanted_T[-self._window :] = True
         self._seen[layer] = (q_THD[wanted_T.to(q_THD.device)], positions_T[wanted_T])
 

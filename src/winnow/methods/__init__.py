@@ -16,6 +16,7 @@ from winnow.methods.adakv import adakv
 from winnow.methods.anchor_attention import anchor_attention
 from winnow.methods.cacheblend import cacheblend
 from winnow.methods.d2o import d2o
+from winnow.methods.epicache import epicache
 from winnow.methods.gear import gear
 from winnow.methods.h2o import h2o
 from winnow.methods.lazy_eviction import lazy_eviction
@@ -175,6 +176,14 @@ METHODS: dict[str, Method] = {
             paper="arXiv 2407.15891",
             needs="a profile: winnow profile retrieval-heads",
             saves="bytes stored and read: windows for all heads but those that retrieve",
+        ),
+        Method(
+            name="epicache",
+            make=epicache,
+            stage="compression",
+            paper="arXiv 2509.17396",
+            needs="a profile: winnow profile layer-sensitivity; llm.episodes",
+            saves="bytes stored and read, and the peak while a long history is read",
         ),
         Method(
             name="gear",

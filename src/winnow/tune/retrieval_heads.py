@@ -7,8 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from winnow.kernels.merge import add_sinks, merge
-from winnow.kernels.prefill import prefill
+from winnow.kernels.dense import dense
 from winnow.store.sequence import SequenceStore
 from winnow.types import AttentionSpec, LanguageModel, Profile
 
@@ -114,10 +113,7 @@ class _Pairs:
         first = self.store.length
         at_N = torch.arange(first, first + q_NHD.shape[0], dtype=torch.int32)
         self.store.append(layer, k_NHD, v_NHD, at_N)
-        segments = [segment.decode() for segment in self.store.segments(layer)]
-        partial = merge([prefill(q_NHD, one, spec=spec, query_positions=at_N) for one in segments])
-        if spec.sinks is not None:
-            partial = add_sinks(partial, spec.sinks)
+        partial = dense(q_NHD, self.store.segments(layer), spec=spec, query_positions=at_N)
         whole = self.store.decoded(layer)
         for back in range(self._period, first + q_NHD.shape[0], self._period):
             for sums, ahead in ((self.echo, 0), (self.induction, 1)):

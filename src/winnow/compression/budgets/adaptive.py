@@ -7,13 +7,14 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+from torch import Tensor
 
 from winnow._check import integer
 from winnow.compression.budgets.apportion import apportion
 from winnow.compression.protocol import Plain, Setting
 from winnow.types import Budget, Scores
 
-__all__ = ["Adaptive"]
+__all__ = ["Adaptive", "shared_by_heads"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +32,7 @@ class Adaptive(Plain):
     keep : int
         Entries per KV head on average, protected ones included; at least 1.
     floor : int
-        Entries that every head gets whatever its scores (the code's ``floor_alpha`` times the
+        Entries that every head gets whatever its scores (the code's ``guaranteedalpha`` times the
         base), beside the protected ones.
     """
 
@@ -58,20 +59,22 @@ class Adaptive(Plain):
 
     def allocate(self, scores: Sequence[Scores], setting: Setting, state: None) -> list[Budget]:
         """One budget per layer; its entries add up to ``H * keep``, or to all there are."""
-        return [Budget(entries=self._share(one)) for one in scores]
+        return [Budget(entries=shared_by_heads(one, self.keep, self.floor)) for one in scores]
 
-    def _share(self, scores: Scores) -> torch.Tensor:
-        lengths = scores.lengths.tolist()
-        guarded = scores.protected.sum(1).tolist()
-        caps = [n - g for n, g in zip(lengths, guarded, strict=True)]
-        total = sum(max(0, self.keep - g) for g in guarded)
-        if total >= sum(caps):
-            return scores.lengths.clone()
-        open_HS = scores.value.masked_fill(scores.protected, -torch.inf)
-        best = open_HS.flatten().topk(total).indices
-        counts = torch.bincount(best // open_HS.shape[1], minlength=len(lengths)).tolist()
-        base = total / len(lengths)
-        floor = min(self.floor, base)
-        weights = [count * (1 - floor / base) + floor for count in counts]
-        extra = apportion(weights, total, caps)
-        return torch.tensor([g + e for g, e in zip(guarded, extra, strict=True)], dtype=torch.int32)
+
+def shared_by_heads(scores: Scores, keep: int, floor: int) -> Tensor:
+    """``[H]`` int32 entries per head: ``keep`` on average, shared by where the layer's best scores lie."""
+    lengths = scores.lengths.tolist()
+    guarded = scores.protected.sum(1).tolist()
+    caps = [n - g for n, g in zip(lengths, guarded, strict=True)]
+    total = sum(max(0, keep - g) for g in guarded)
+    if total >= sum(caps):
+        return scores.lengths.clone()
+    open_HS = scores.value.masked_fill(scores.protected, -torch.inf)
+    best = open_HS.flatten().topk(total).indices
+    counts = torch.bincount(best // open_HS.shape[1], minlength=len(lengths)).tolist()
+    base = total / len(lengths)
+    guaranteed = min(floor, base)
+    weights = [count * (1 - guaranteed / base) + guaranteed for count in counts]
+    extra = apportion(weights, total, caps)
+    return torch.tensor([g + e for g, e in zip(guarded, extra, strict=True)], dtype=torch.int32)
