@@ -19,6 +19,7 @@ from winnow.bench.lifecycle import live, modes, peers
 from winnow.bench.lifecycle.config import BASELINE, Unit, default, kind, recipe, units
 from winnow.bench.lifecycle.journal import NAME
 from winnow.bench.lifecycle.record import CONTEXT, ExampleRecord, Reply
+from winnow.bench.lifecycle.report import page
 from winnow.bench.lifecycle.run import load, run
 from winnow.bench.lifecycle.system import WinnowSystem
 from winnow.bench.tasks import TASKS
@@ -325,7 +326,7 @@ def test_a_recipe_that_fails_is_reported_and_tried_again(llm, tmp_path, monkeypa
 
 
 def test_lengths_that_the_model_cannot_take_are_refused_at_once(llm, tmp_path):
-    with pytest.raises(ValueError, match="choose shorter --lengths"):
+    with pytest.raises(ValueError, match="choose shorter contexts"):
         run(default(**{**SMALL, "lengths": [20_000]}), tmp_path, llm=llm)
     assert not list(tmp_path.iterdir())
 
@@ -338,6 +339,7 @@ def test_configurations_are_checked():
         ({"lengths": [512, 512]}, "twice"),
         ({"examples": 0}, "at least 1"),
         ({"tasks": []}, "at least one"),
+        ({"data": ["kv.jsonl"]}, "scbench:FILE"),
     ):
         with pytest.raises(ValueError, match=message):
             default(**changes)
@@ -345,7 +347,7 @@ def test_configurations_are_checked():
     assert set(default("./llama").tasks) == set(TASKS)
     one, other = default(examples=2), default(examples=3)
     assert one.fingerprint == default(examples=2).fingerprint != other.fingerprint
-    assert len(units(one)) == len(one.tasks) * len(one.lengths) * len(one.modes) * 2
+    assert len(units(one, words)) == len(one.tasks) * len(one.lengths) * len(one.modes) * 2
     assert recipe("snapkv:keep=96,window=16").compression is not None
     with pytest.raises(ValueError, match="cannot read"):
         recipe("snapkv:96")
@@ -353,6 +355,23 @@ def test_configurations_are_checked():
     assert kind("full", recipe("full")) == "baseline"
     for source in default().recipes:
         assert recipe(source).to_yaml()
+
+
+def test_published_data_runs_beside_the_tasks(llm, tmp_path):
+    """Data in SCBench's schema; the embedded model reads it letter by letter and is wrong, at full cost."""
+    turns = [{"input": "Which value has the key a?", "answer": "x1"}, {"input": "And b?", "answer": "y2"}]
+    file = tmp_path / "scbench_kv.jsonl"
+    lines = [{"id": i, "context": f"{{{i}: 'a'}} " * 40, "multi_turns": turns} for i in range(3)]
+    file.write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
+    config = default(tasks=["kv"], data=[f"scbench:{file}"], lengths=[512], examples=2, recipes=[], turns=2)
+    summary = run(config, tmp_path / "run", llm=llm)
+    scores = summary["rows"][0]["scores"]
+    (name,) = set(scores["task"]) - {"kv"}
+    assert scores["task"][name]["examples"] == 2, "no more examples than asked for"
+    lengths = {row[4] for row in summary["samples"]["rows"] if row[2] == name}
+    assert all(length & (length - 1) == 0 for length in lengths), "rounded up to powers of two"
+    assert "kv" in page(summary)
+    assert default(data=[f"scbench:{file}"]).tasks == ()
 
 
 # ---------------------------------------------------------------------- peers

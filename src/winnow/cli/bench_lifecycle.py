@@ -62,6 +62,10 @@ def lifecycle(
     peer_python: Annotated[
         list[str] | None, typer.Option(help="Interpreter of the peers: PATH, or kvpress=PATH.")
     ] = None,
+    data: Annotated[
+        list[str] | None,
+        typer.Option(help="Published data instead of the tasks: scbench:FILE, ruler:FILE, longbench:FILE."),
+    ] = None,
     examples: Annotated[int | None, typer.Option(help="Examples for each task and length.")] = None,
     turns: Annotated[int | None, typer.Option(help="Questions for each example.")] = None,
     seed: Annotated[int | None, typer.Option(help="Of the examples.")] = None,
@@ -82,6 +86,7 @@ def lifecycle(
         lengths=_numbers(lengths),
         modes=_listed(modes),
         peers=peer,
+        data=data,
         examples=examples,
         turns=turns,
         seed=seed,

@@ -226,29 +226,34 @@ def _notes(
 
 
 def table(report: Mapping[str, Any]) -> Table:
-    """The rows, those without any change in dim type."""
+    """The rows under their system and mode, those without any change in dim type."""
     about = report["first"], report["second"]
     out = Table(
-        title=" against ".join(f"{one['commit'] or one['fingerprint']} ({one['time']})" for one in about),
+        title="\nagainst ".join(f"{one['commit'] or one['fingerprint']} ({one['time']})" for one in about),
         box=SIMPLE_HEAD,
         padding=(0, 1, 0, 0),
         pad_edge=False,
     )
-    for name in ("system", "mode", "measure"):
-        out.add_column(name, overflow="fold")
+    out.add_column("measure", no_wrap=True)
     for name in ("first", "second", "change", "p", "verdict"):
         out.add_column(name, justify="right", no_wrap=True)
     colours = {"better": "green", "worse": "red", "less": "green", "more": "yellow"}
+    groups: dict[str, list[Mapping[str, Any]]] = defaultdict(list)
     for row in report["rows"]:
-        verdict = row["verdict"]
-        out.add_row(
-            *(row["system"], row["mode"], row["measure"]),
-            *(_value(row, row[name]) for name in ("first", "second")),
-            _change(row),
-            f"{row['p_adjusted']:.3f}" if "p_adjusted" in row else "",
-            f"[{colours[verdict]}]{verdict}[/]" if verdict in colours else verdict,
-            style="dim" if verdict in ("same", "noise") else None,
-        )
+        groups[f"{row['system']}, {row['mode']}"].append(row)
+    for group, rows in groups.items():
+        out.add_section()
+        out.add_row(f"[bold]{group}")
+        for row in rows:
+            verdict = row["verdict"]
+            out.add_row(
+                f"  {row['measure']}",
+                *(_value(row, row[name]) for name in ("first", "second")),
+                _change(row),
+                f"{row['p_adjusted']:.3f}" if "p_adjusted" in row else "",
+                f"[{colours[verdict]}]{verdict}[/]" if verdict in colours else verdict,
+                style="dim" if verdict in ("same", "noise") else None,
+            )
     return out
 
 

@@ -5,13 +5,15 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from itertools import islice
 from typing import Any
 
 import yaml
 
 from winnow import methods
 from winnow.bench.lifecycle.modes import MODES, REQUESTS
+from winnow.bench.published import READERS
 from winnow.bench.tasks import TASKS, Example, Form
 from winnow.bench.tasks.task import Count
 from winnow.recipe import STAGES, Recipe, nearest
@@ -77,8 +79,10 @@ class Config:
         Keys of `winnow.bench.lifecycle.modes.MODES`.
     peers : tuple of str
         See `winnow.bench.lifecycle.peers`.
+    data : tuple of str
+        Published data beside or instead of the tasks: ``scbench:FILE``, ``ruler:FILE``, ``longbench:FILE``.
     examples, turns : int
-        Examples for each task and length, and questions for each example.
+        Examples for each task and length (and of each file), and questions for each example.
     seed : int
         Of the examples.
 
@@ -95,6 +99,7 @@ class Config:
     recipes: tuple[str, ...] = RECIPES
     modes: tuple[str, ...] = ("multi-turn", REQUESTS)
     peers: tuple[str, ...] = ()
+    data: tuple[str, ...] = ()
     examples: int
     turns: int
     seed: int = 1
@@ -110,11 +115,15 @@ class Config:
                     f"task {name} has no {self.form} form, which the model {self.model!r} needs; "
                     f"choose from {', '.join(t.name for t in TASKS.values() if self.form in t.forms)}"
                 )
-        for what in ("tasks", "lengths", "recipes", "modes", "peers"):
+        for source in self.data:
+            reader, _, path = source.partition(":")
+            if reader not in READERS or not path:
+                raise ValueError(f"cannot read {source!r}; write {' or '.join(f'{r}:FILE' for r in READERS)}")
+        for what in ("tasks", "lengths", "recipes", "modes", "peers", "data"):
             values = getattr(self, what)
             if len(set(values)) < len(values):
                 raise ValueError(f"{what} names one thing twice; name each once")
-            if not values and what not in ("recipes", "peers"):
+            if not values and (what in ("lengths", "modes") or (what == "tasks" and not self.data)):
                 raise ValueError(f"no {what} given; give at least one")
         if min(self.examples, self.turns, *self.lengths) < 1:
             raise ValueError("examples, turns and lengths must be at least 1")
@@ -158,7 +167,7 @@ def default(model: str = "embedded", **changes: Any) -> Config:
     config: dict[str, Any] = {
         "model": model,
         "form": form,
-        "tasks": tuple(task.name for task in TASKS.values() if form in task.forms),
+        "tasks": () if changes.get("data") else tuple(t.name for t in TASKS.values() if form in t.forms),
         "lengths": (1024, 2048, 4096) if form == "embedded" else (4096, 16384),
         "examples": 2,
         "turns": 4,
@@ -199,15 +208,27 @@ def kind(source: str, made: Recipe) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Unit:
-    """One example in one mode: what every system is asked in turn."""
+    """One example in one mode: what every system is asked in turn.
+
+    Attributes
+    ----------
+    task, length, number : str, int, int
+        What identifies the example in a run.
+    mode : str
+    given : Example or None
+        The example of a file; None makes one.
+    """
 
     task: str
     length: int
     number: int
     mode: str
+    given: Example | None = None
 
     def example(self, config: Config, count: Count) -> Example:
-        """Make the example; the same configuration gives the same bytes."""
+        """The example; the same configuration and files give the same bytes."""
+        if self.given is not None:
+            return self.given
         return TASKS[self.task].make(
             form=config.form,
             length=self.length,
@@ -218,12 +239,25 @@ class Unit:
         )
 
 
-def units(config: Config) -> list[Unit]:
-    """Everything that is asked, short contexts first."""
-    return [
+def units(config: Config, count: Count) -> list[Unit]:
+    """Everything that is asked, short contexts first; files are read here.
+
+    The lengths of files' examples are rounded up to powers of two, under which they are reported.
+    """
+    made = [
         Unit(task=task, length=length, number=number, mode=mode)
-        for length in sorted(config.lengths)
+        for length in config.lengths
         for number in range(config.examples)
         for task in config.tasks
         for mode in config.modes
     ]
+    for source in config.data:
+        reader, _, path = source.partition(":")
+        for example in islice(READERS[reader](path, count=count), config.examples):
+            length = 1 << (example.length - 1).bit_length()
+            given = replace(example, length=length)
+            made += [
+                Unit(task=given.task, length=length, number=given.number, mode=mode, given=given)
+                for mode in config.modes
+            ]
+    return sorted(made, key=lambda unit: unit.length)

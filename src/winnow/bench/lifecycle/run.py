@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,8 @@ class State:
     Attributes
     ----------
     config : Config
+    units : list of Unit
+        Everything that is asked of every system.
     records : dict
         Finished examples by key, those of an interrupted run included.
     failures, missing : list of dict, dict
@@ -40,10 +42,10 @@ class State:
     """
 
     config: Config
+    units: list[Unit]
     records: dict[Key, ExampleRecord] = field(default_factory=dict)
     failures: dict[Key, str] = field(default_factory=dict)
     missing: dict[str, str] = field(default_factory=dict)
-    about: dict[str, dict[str, Any]] = field(default_factory=dict)
     now: str = ""
     resumed: int = 0
 
@@ -53,7 +55,7 @@ class State:
         names = (*self.config.systems, *(p for p in self.config.peers if p not in self.missing))
         return [
             (name, unit)
-            for unit in units(self.config)
+            for unit in self.units
             for name in names
             if (key := _key(name, unit)) not in self.records and key not in self.failures
         ]
@@ -99,7 +101,8 @@ def run(
     recipes = {name: recipe(name) for name in config.systems}
     llm = llm if llm is not None else api.load(config.model)
     systems = [WinnowSystem(name, llm, made) for name, made in recipes.items()]
-    room = _check_lengths(config, llm)
+    plan = units(config, lambda text: len(llm.tokens(text)))
+    room = _check_lengths(config, plan, llm)
     header = {
         "format": 1,
         "fingerprint": config.fingerprint,
@@ -107,18 +110,17 @@ def run(
         "model": llm.model.fingerprint,
         "machine": describe(),
     }
-    state = State(config=config)
+    state = State(config=config, units=plan)
     with open_journal(directory, header, resume=resume) as (journal, earlier):
         _take_up(state, earlier, header)
         asker = _Asker(state, journal, llm, watch or (lambda state: None))
-        for unit in units(config):
+        for unit in plan:
             asker.ask(unit, systems)
         for name in config.peers:
             try:
                 with peers.open_peer(name, llm, pythons=pythons or {}, room=room) as peer:
-                    state.about[name] = peer.about
                     journal.write("peer", {"system": name, "about": peer.about})
-                    for unit in units(config):
+                    for unit in plan:
                         asker.ask(unit, [peer])
             except peers.MissingPeerError as error:
                 state.missing[name] = str(error)
@@ -177,12 +179,21 @@ def _take_up(state: State, earlier: list[dict[str, Any]], header: Mapping[str, A
     state.resumed = len(state.records)
 
 
-def _check_lengths(config: Config, llm: api.LLM) -> int:
-    """Make an example of each task at the shortest and the longest length; room that all can do with."""
+def _check_lengths(config: Config, plan: Sequence[Unit], llm: api.LLM) -> int:
+    """Room that every example can do with, by the shortest and the longest of each task.
+
+    Raises
+    ------
+    ValueError
+        One does not fit the model, or its task cannot be made that short.
+    """
+    by_task: dict[str, list[Unit]] = {}
+    for unit in plan:
+        by_task.setdefault(unit.task, []).append(unit)
     most = 0
-    for task in config.tasks:
-        for length in sorted({min(config.lengths), max(config.lengths)}):
-            unit = Unit(task=task, length=length, number=0, mode=config.modes[0])
+    for task, asked in by_task.items():
+        shortest, longest = asked[0], asked[-1]
+        for unit in (shortest, longest) if longest.length > shortest.length else (shortest,):
             example = unit.example(config, lambda text: len(llm.tokens(text)))
             tokens = len(llm.tokens(example.opening)) + sum(
                 len(llm.tokens(example.join.ask(turn.question), special=False))
@@ -191,8 +202,8 @@ def _check_lengths(config: Config, llm: api.LLM) -> int:
             )
             if tokens >= llm.model.max_length:
                 raise ValueError(
-                    f"{task} at {length} needs {tokens} tokens and {llm.model.name} takes "
-                    f"{llm.model.max_length}; choose shorter --lengths or fewer --turns"
+                    f"{task} at {unit.length} needs {tokens} tokens and {llm.model.name} takes "
+                    f"{llm.model.max_length}; choose shorter contexts (--lengths) or fewer --turns"
                 )
             most = max(most, tokens)
     return most + most // 10 + 256

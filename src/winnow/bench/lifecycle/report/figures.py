@@ -187,7 +187,7 @@ def turn_curves(summary: Mapping[str, Any], mode: str) -> Figure:
 
 def length_by_depth(summary: Mapping[str, Any], mode: str) -> Figure | None:
     """Right answers by length of the context and by where in it the answer lies."""
-    kinds, lengths = _kinds(summary), sorted(summary["config"]["lengths"])
+    kinds, lengths = _kinds(summary), sorted(map(int, _rows(summary, mode)[0]["scores"]["length"]))
     columns = [f"{100 * i // DEPTHS}-{100 * (i + 1) // DEPTHS}" for i in range(DEPTHS)]
     panels, cells = [], []
     for row in _rows(summary, mode):

@@ -31,8 +31,9 @@ def page(summary: Mapping[str, Any]) -> str:
     style = (Path(__file__).parent / "style.css").read_text(encoding="utf-8")
     config, machine = summary["config"], summary["machine"]
     title = f"Lifecycle of {config['model']}"
-    sizes = ", ".join(str(length) for length in config["lengths"])
-    tasks, examples = _count(len(config["tasks"]), "task"), _count(config["examples"], "example")
+    asked = summary["rows"][0]["scores"] if summary["rows"] else {"task": {}, "length": {}}
+    sizes = ", ".join(sorted(asked["length"], key=int))
+    tasks, examples = _count(len(asked["task"]), "task"), _count(config["examples"], "example")
     lead = (
         f"{tasks} at {sizes} tokens, {examples} each with {_count(config['turns'], 'question')}; "
         f"{machine['cpu']['name']}, {machine['cores']} cores, {machine['time']}."
