@@ -100,10 +100,10 @@ def test_a_cancelled_suspension_leaves_no_file(model, tmp_path):
 
 @pytest.mark.parametrize("recipe", ["full", "snapkv"])
 def test_the_limit_holds_under_load_and_answers_do_not_change(start, recipe):
-    """Twelve requests of up to 1 000 tokens where a third of that fits, with pools competing."""
+    """Eight requests of up to 700 tokens where a third of that fits, with pools competing."""
     options = [
-        {"model": "tiny", "prompt": prompt(100 + 60 * i, i), "max_tokens": 60, "temperature": 0}
-        for i in range(12)
+        {"model": "tiny", "prompt": prompt(100 + 80 * i, i), "max_tokens": 24, "temperature": 0}
+        for i in range(8)
     ]
     recipes = {recipe: RECIPES[recipe]}
 
@@ -112,9 +112,9 @@ def test_the_limit_holds_under_load_and_answers_do_not_change(start, recipe):
 
     roomy = start(recipes=recipes)
     expected = [ask(roomy, one) for one in options]
-    limit = 3 << 20
+    limit = 2 << 20
     tight = start(recipes=recipes, kv_memory=limit, max_num_batched_tokens=128)
-    with concurrent.futures.ThreadPoolExecutor(12) as pool:
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
         texts = list(pool.map(lambda one: ask(tight, one), options))
     assert texts == expected
     assert limit / 2 < tight.worker.memory.peak <= limit
@@ -124,16 +124,16 @@ def test_the_limit_holds_under_load_and_answers_do_not_change(start, recipe):
 
 def test_growing_answers_preempt_the_youngest_and_all_end(start):
     """Each request fits at first; together they outgrow the memory while they write."""
-    limit = 5 << 19
+    limit = 5 << 18
     server = start(kv_memory=limit, prefix_caching=False)
-    options = [{"model": "tiny", "prompt": prompt(20, i), "max_tokens": 700} for i in range(8)]
+    options = [{"model": "tiny", "prompt": prompt(20, i), "max_tokens": 400} for i in range(6)]
     alone = start(prefix_caching=False)
 
     def ask(server, one: dict) -> str:
         answer = server.client().completions.create(extra_body=BODY, temperature=0, **one)
         return answer.choices[0].text
 
-    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+    with concurrent.futures.ThreadPoolExecutor(6) as pool:
         texts = list(pool.map(lambda one: ask(server, one), options))
         expected = list(pool.map(lambda one: ask(alone, one), options))
     assert server.worker.counters.preemptions > 0

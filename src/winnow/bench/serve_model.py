@@ -18,6 +18,7 @@ from winnow.models.random import PRESETS, random_model
 __all__ = ["words", "write_model"]
 
 _ROLES = ("system", "user", "assistant")
+_UNKNOWN = "<unk>"  # a special token is found inside words too, so none may look like one
 _TEMPLATE = (
     "{% for message in messages %}<{{ message['role'] }}> {{ message['content'] }} {% endfor %}"
     "{% if add_generation_prompt %}<assistant> {% endif %}"
@@ -37,9 +38,9 @@ def write_model(directory: Path, preset: str, *, seed: int = 0, dtype: torch.dty
     directory.mkdir(parents=True, exist_ok=True)
     random_model(preset, seed=seed, dtype=dtype).save_pretrained(directory)
     size = PRESETS[preset]["vocab_size"]
-    roles = [f"<{role}>" for role in _ROLES]
-    vocabulary = {word: i for i, word in enumerate([*roles, *(f"w{i}" for i in range(len(roles), size))])}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="w3"))
+    first = [_UNKNOWN, *(f"<{role}>" for role in _ROLES)]
+    vocabulary = {word: i for i, word in enumerate([*first, *(f"w{i}" for i in range(len(first), size))])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=_UNKNOWN))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer.save(str(directory / "tokenizer.json"))
     config = {
@@ -47,7 +48,7 @@ def write_model(directory: Path, preset: str, *, seed: int = 0, dtype: torch.dty
         "model_max_length": PRESETS[preset]["max_position_embeddings"],
         "chat_template": _TEMPLATE,
         "clean_up_tokenization_spaces": False,
-        "unk_token": "w3",
+        "unk_token": _UNKNOWN,
     }
     (directory / "tokenizer_config.json").write_text(json.dumps(config))
 

@@ -288,7 +288,7 @@ class FilePool:
             if size > self._limit:
                 return
             with SequenceStore(
-                layers=model.layers,
+                layers=len(match.layers),  # layers may share a set of entries
                 heads=model.kv_heads,
                 head_dim=model.head_dim,
                 dtype=model.dtype,

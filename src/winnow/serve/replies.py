@@ -20,7 +20,8 @@ _LOWEST = -9999.0  # stands for minus infinity, which JSON lacks
 def usage(prompts: Sequence[int], stats: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """The ``usage`` object over the jobs of one request.
 
-    ``cached_tokens`` are prompt tokens whose entries were not computed again.
+    ``cached_tokens`` are prompt tokens whose exact entries were not computed again;
+    ``approximate_tokens`` (ours) those whose entries were computed in another context, or rounded.
     """
     prompt = sum(prompts)
     generated = sum(one["tokens_generated"] for one in stats)
@@ -28,7 +29,10 @@ def usage(prompts: Sequence[int], stats: Sequence[dict[str, Any]]) -> dict[str, 
         "prompt_tokens": prompt,
         "completion_tokens": generated,
         "total_tokens": prompt + generated,
-        "prompt_tokens_details": {"cached_tokens": sum(one["tokens_reused"] for one in stats)},
+        "prompt_tokens_details": {
+            "cached_tokens": sum(one["tokens_reused"] for one in stats),
+            "approximate_tokens": sum(one["tokens_approximate"] for one in stats),
+        },
     }
 
 
