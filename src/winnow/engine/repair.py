@@ -198,7 +198,7 @@ class _Blending:
                 rows_N, hidden_NK = rows_N[stay], hidden_NK[stay]
                 pieces = self._pieces(rows_N)
             if len(rows_N) and layer < self._model.layers - 1:
-                hidden_NK = torch.cat(
+                hidden_NK = _joined(
                     [
                         self._walk.layer(layer, hidden_NK[piece], at_n, self._attend(at_n))
                         for piece, at_n in pieces
@@ -215,7 +215,7 @@ class _Blending:
         self, layer: int, hidden_NK: Tensor, pieces: list[tuple[slice, Tensor]]
     ) -> tuple[Tensor, Tensor]:
         parts = [self._walk.keys_values(layer, hidden_NK[piece], at_n) for piece, at_n in pieces]
-        return torch.cat([k for k, _ in parts]), torch.cat([v for _, v in parts])
+        return _joined([k for k, _ in parts]), _joined([v for _, v in parts])
 
     def _stored(self, layer: int) -> tuple[Tensor, Tensor]:
         """Keys and values ``[S, H, D]`` of all chunks, as stored but at their new positions; copies."""
@@ -250,3 +250,7 @@ class _Blending:
             return merged.out.to(q_NHD.dtype)
 
         return attend
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)

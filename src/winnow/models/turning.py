@@ -45,19 +45,19 @@ class PairRotary:
 
     def turn(self, x: Tensor, by: Tensor) -> Tensor:
         """See :meth:`winnow.types.Rotary.turn`."""
-        angles_nE = by.to(self.frequencies.device).double()[:, None] * self.frequencies.double()
-        cos_nE, sin_nE = angles_nE.cos().float(), angles_nE.sin().float()
-        size = 2 * len(self.frequencies)
-        turned = x[..., self.first : self.first + size].float()
-        if self.interleaved:
-            a, b = turned[..., 0::2], turned[..., 1::2]
-        else:
-            a, b = turned.chunk(2, dim=-1)
+        # Entries that move together share their angles: few rows of them, whatever the number of entries.
+        steps_u, of_n = torch.unique(by.to(self.frequencies.device), return_inverse=True)
+        angles_uE = steps_u.double()[:, None] * self.frequencies.double()
+        cos_nE, sin_nE = angles_uE.cos().float(), angles_uE.sin().float()
+        if len(steps_u) > 1:
+            cos_nE, sin_nE = cos_nE[of_n], sin_nE[of_n]
+        half, out = len(self.frequencies), x.clone()
+        turned = out[..., self.first : self.first + 2 * half]
+        low, high = (turned[..., 0::2], turned[..., 1::2]) if self.interleaved else turned.chunk(2, -1)
+        a, b = low.float(), high.float()  # of float32 these are the same memory: write when both are read
         pair = (a * cos_nE - b * sin_nE, b * cos_nE + a * sin_nE)
-        out = x.clone()
-        out[..., self.first : self.first + size] = (
-            torch.stack(pair, -1).flatten(-2) if self.interleaved else torch.cat(pair, -1)
-        ).to(x.dtype)
+        low.copy_(pair[0])
+        high.copy_(pair[1])
         return out
 
 
