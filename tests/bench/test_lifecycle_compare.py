@@ -78,13 +78,13 @@ def test_false_alarms_keep_to_their_rate():
 
 def test_few_examples_cannot_tell():
     first, second = run(examples=3, right=1.0), run(examples=3, right=0.0, seed=5)
-    assert verdicts(first, second)["score, later turns"] == "too few examples"
+    assert verdicts(first, second)["score, later turns"] == "too few"
 
 
 def test_only_shared_examples_count():
     first, second = run(examples=10), run(examples=12)
     report = compare.compare(first, second)
-    assert report["notes"][0].startswith(
+    assert report["notes"][1].startswith(
         "10 examples are shared; 0 are in the first run only, 2 in the second"
     )
     assert {row["examples"] for row in report["rows"]} == {10}
@@ -105,7 +105,7 @@ def test_times_of_different_machines_are_not_compared():
 def test_table_has_a_line_for_every_row_and_files_are_checked(tmp_path):
     report = compare.compare(run(seed=1), run(seed=2, stored=0))
     assert len(report["rows"]) == 7
-    assert compare.table(report).row_count == 8, "one line names the system"
+    assert [table.row_count for table in compare.tables(report)] == [7]
     path = tmp_path / "a.json"
     with pytest.raises(ValueError, match=r"cannot read .*a\.json"):
         compare.load(path)

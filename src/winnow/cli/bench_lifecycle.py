@@ -119,6 +119,7 @@ def compare(
     if as_json:
         show.emit_json(report)
         return
-    show.console.print(bench.table(report))
+    for table in bench.tables(report):
+        show.console.print(table)
     for note in report["notes"]:
         show.console.print(note, style="dim", highlight=False)

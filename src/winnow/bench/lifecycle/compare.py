@@ -13,7 +13,7 @@ import json
 import math
 import statistics
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from rich.table import Table
 
 from winnow.bench.lifecycle.intervals import holm, paired
 
-__all__ = ["compare", "load", "table"]
+__all__ = ["compare", "load", "tables"]
 
 SIGNIFICANT = 0.05
 
@@ -188,7 +188,7 @@ def _judge(rows: Sequence[dict[str, Any]], kind: str) -> None:
             better = (row["change"] > 0) == (kind == "quality")
             row["verdict"] = "better" if better else "worse"
         elif row["least_p"] * len(rows) >= SIGNIFICANT and row["change"]:
-            row["verdict"] = "too few examples"
+            row["verdict"] = "too few"
         else:
             row["verdict"] = "noise" if row["change"] else "same"
 
@@ -212,11 +212,15 @@ def _notes(
     same_machine: bool,
 ) -> list[str]:
     out = [
+        " against ".join(
+            f"{run['machine'].get('commit') or run['fingerprint']} ({run['machine'].get('time')})"
+            for run in (first, second)
+        ),
         f"{len(shared)} examples are shared; {len(before) - len(shared)} are in the first run only, "
         f"{len(after) - len(shared)} in the second only.",
         "Quality and times: one difference per example, sign-flip permutation test (exact for up to 14 "
         "examples), p-values after Holm over all rows of a kind; intervals: 95 % bootstrap over examples. "
-        "Counts are exact: any difference is a change.",
+        "Counts are exact: any difference is a change. 'Too few': no result of so many examples could tell.",
     ]
     if not same_machine:
         out.append("The runs were made on different machines: their times are not compared.")
@@ -225,36 +229,28 @@ def _notes(
     return out
 
 
-def table(report: Mapping[str, Any]) -> Table:
-    """The rows under their system and mode, those without any change in dim type."""
-    about = report["first"], report["second"]
-    out = Table(
-        title="\nagainst ".join(f"{one['commit'] or one['fingerprint']} ({one['time']})" for one in about),
-        box=SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
-        pad_edge=False,
-    )
-    out.add_column("measure", no_wrap=True)
-    for name in ("first", "second", "change", "p", "verdict"):
-        out.add_column(name, justify="right", no_wrap=True)
-    colours = {"better": "green", "worse": "red", "less": "green", "more": "yellow"}
+def tables(report: Mapping[str, Any]) -> Iterator[Table]:
+    """One table for each system and mode; rows without any change in dim type."""
     groups: dict[str, list[Mapping[str, Any]]] = defaultdict(list)
     for row in report["rows"]:
         groups[f"{row['system']}, {row['mode']}"].append(row)
+    colours = {"better": "green", "worse": "red", "less": "green", "more": "yellow"}
     for group, rows in groups.items():
-        out.add_section()
-        out.add_row(f"[bold]{group}")
+        out = Table(title=group, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+        out.add_column("", no_wrap=True, min_width=21)
+        for name, width in (("first", 9), ("second", 9), ("change", 14), ("p", 5), ("", 9)):
+            out.add_column(name, justify="right", no_wrap=True, min_width=width)
         for row in rows:
             verdict = row["verdict"]
             out.add_row(
-                f"  {row['measure']}",
+                row["measure"],
                 *(_value(row, row[name]) for name in ("first", "second")),
                 _change(row),
                 f"{row['p_adjusted']:.3f}" if "p_adjusted" in row else "",
                 f"[{colours[verdict]}]{verdict}[/]" if verdict in colours else verdict,
                 style="dim" if verdict in ("same", "noise") else None,
             )
-    return out
+        yield out
 
 
 def _value(row: Mapping[str, Any], value: float) -> str:
