@@ -39,14 +39,14 @@ TIGHT: dict[str, dict[str, Any]] = {
     "swiftkv": {"layers": 3, "group": 2},
     "snapkv": {"keep": 40, "window": 8},
     "adakv": {"keep": 40, "window": 8},
-    "streaming-llm": {"sinks": 4, "recent": 40, "every": 4},
+    "streaming-llm": {"sinks": 4, "recent": 40, "every": 4, "block": 48},
     "h2o": {"heavy": 24, "recent": 16, "every": 4},
     "d2o": {"heavy": 24, "recent": 16, "every": 4, "dense_first": 1},
     "lazy-eviction": {"keep": 40, "window": 4, "alpha": 0.02},
     "think": {"percent": 40, "keep": 100},
     "zipcache": {"every": 4, "recent": 8, "random": 8},
     "gear": {"bits": 4, "every": 64},
-    "epicache": {"keep": 40},
+    "epicache": {"keep": 40, "block": 128},
     "razor-attention": {"induction": 20, "echo": 10, "buffer": 30, "divisor": 50, "every": 4},
     "prefix-reuse": {"page": 16},
     "cacheblend": {"recompute": (30,)},
@@ -192,9 +192,6 @@ def test_state_of_one_sequence_never_leaks_into_the_next(model, name):
 
 @EVERY
 def test_chunked_prefill_equals_whole_prefill(model, name):
-    compression = recipe(name).compression
-    if compression is not None and compression.chunks:
-        return  # acts on every chunk: the schedule is part of such a method
     if "chunked equals whole" in getattr(recipe(name).generation, "exempt", {}):
         return
     given = prompt(333)
@@ -220,7 +217,9 @@ def test_cached_equals_uncached(model, name):
     answer(llm, first)
     reused = answer(llm, second)
     found = reused.stats.tokens_reused + reused.stats.tokens_approximate
-    assert found >= 192
+    # Behind the first block a compression has acted: what comes after it is not reusable.
+    block = part.compression.block if part.compression is not None else 0
+    assert found >= (block * 2 // 3 or 192)
     assert found + reused.stats.tokens_computed == len(second)
     alike(reused, answer(winnow.load(model, recipe=part), second))
 

@@ -113,7 +113,7 @@ def drive(recipe, q: Tensor, k: Tensor, v: Tensor, *, prompt: int, chunk: int | 
         if end == prompt:
             compression.acted = store.length
         if at < prompt:
-            due = compression.acts_on_turn(0) and (end == prompt or recipe.compression.chunks)
+            due = compression.acts_on_turn(0) and (end == prompt or compression.at_border(end))
         else:
             due = compression.due(store.length)
         if due:

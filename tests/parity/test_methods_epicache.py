@@ -134,7 +134,7 @@ def test_budgets_follow_the_formula():
 
 
 def test_one_block_with_room_for_all_is_plain_prefill(model, profile):
-    recipe = load("epicache", keep=1000, profile=profile)
+    recipe = load("epicache", keep=1000, block=64, profile=profile)
     ours = winnow.load(model, recipe=recipe).read(prompt(150), probe=prompt(20, 5))
     plain = winnow.load(model).read(prompt(150))
     with ours, plain:
@@ -147,8 +147,7 @@ def test_the_peak_is_budget_and_block(model, profile):
     block, keep = 64, 48
     llm = winnow.load(
         model,
-        recipe=load("epicache", keep=keep, profile=profile, heads="uniform"),
-        max_num_batched_tokens=block,
+        recipe=load("epicache", keep=keep, block=block, profile=profile, heads="uniform"),
     )
     budgets = layer_budgets(
         Profile(

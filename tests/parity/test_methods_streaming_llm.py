@@ -51,7 +51,7 @@ def test_equals_rotation_by_cache_index(every):
 
 def test_the_cache_is_bounded_in_the_prompt_too():
     q, k, v = streams(TOKENS)
-    recipe = load("streaming-llm", sinks=SINKS, recent=RECENT, every=8)
+    recipe = load("streaming-llm", sinks=SINKS, recent=RECENT, every=8, block=10)
     steps = drive(recipe, q, k, v, prompt=100, chunk=10)
     assert max(len(step.positions[0]) for step in steps) <= SINKS + RECENT + 8
 

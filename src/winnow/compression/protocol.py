@@ -13,6 +13,7 @@ from typing import Any, Literal, Protocol
 
 from torch import Tensor
 
+from winnow._check import integer
 from winnow.types import Budget, Glimpse, Needs, Observation, Plan, Profile, Scores
 
 __all__ = ["Action", "BudgetRule", "Compress", "Plain", "Scorer", "Setting"]
@@ -152,9 +153,10 @@ class Compress:
     every : int
         While decoding, act again whenever so many tokens were added since it last acted; 0 never.
         Between two actions a head holds up to ``every`` entries more than its budget.
-    chunks : bool
-        Act after every chunk of those prefills too, so that no head ever holds more than its budget
-        and one chunk.
+    block : int
+        In those prefills act at every multiple of so many tokens too, so that no head ever holds more
+        than its budget and one block; 0 at the end only. Whatever chunks the engine computes in, a
+        block is read whole before the next begins.
     """
 
     score: Scorer
@@ -162,17 +164,17 @@ class Compress:
     act: Action
     turns: Literal["first", "every", "none"] = "first"
     every: int = 0
-    chunks: bool = False
+    block: int = 0
 
     def __post_init__(self) -> None:
         if self.turns not in ("first", "every", "none"):
             raise ValueError(f"compress: turns={self.turns!r} is unknown; give 'first', 'every' or 'none'")
-        if self.turns == "none" and (self.chunks or not self.every):
+        for name in ("every", "block"):
+            integer("compress", name, getattr(self, name), 0, "tokens")
+        if self.turns == "none" and (self.block or not self.every):
             raise ValueError(
-                "compress: turns='none' acts while decoding alone; give every=... and leave chunks out"
+                "compress: turns='none' acts while decoding alone; give every=... and leave block out"
             )
-        if self.every < 0:
-            raise ValueError(f"compress: every={self.every}; give the tokens between two actions, or 0")
         least, protects = self.budget.least, self.score.protects
         if least is not None and least <= protects:
             raise ValueError(

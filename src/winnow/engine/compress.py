@@ -59,6 +59,10 @@ class Compression:
         """Whether it acts at the end of a prefill, before which ``turns`` prefills ended."""
         return self.recipe.turns == "every" or (self.recipe.turns == "first" and turns == 0)
 
+    def at_border(self, tokens: int) -> bool:
+        """Whether a block of a prefill ends where the sequence is ``tokens`` long."""
+        return self.recipe.block > 0 and tokens % self.recipe.block == 0
+
     def due(self, tokens: int) -> bool:
         """Whether it acts now, after a decode step that made the sequence ``tokens`` long."""
         return 0 < self.recipe.every <= tokens - self.acted

@@ -325,7 +325,8 @@ class Engine:
     def _shares(self, runs: list[_Run]) -> list[int]:
         generation = self.recipe.generation
         multiple = generation.chunk_multiple if generation is not None else 1
-        return share([(r.pending, multiple, r.sequence.store.length) for r in runs], self.limits)
+        block = self.recipe.compression.block if self.recipe.compression is not None else 0
+        return share([(r.pending, multiple, r.sequence.store.length) for r in runs], self.limits, block)
 
     def _step(self) -> list[Event]:
         shares = self._shares(self._running)
@@ -403,7 +404,7 @@ class Engine:
 
     def _chunk_done(self, run: _Run) -> None:
         compression = run.sequence.compression
-        if compression is None or not compression.recipe.chunks:
+        if compression is None or not compression.at_border(run.sequence.store.length):
             return
         if compression.acts_on_turn(run.sequence.turns):
             self._give(run.sequence)
@@ -633,11 +634,22 @@ class Engine:
     def _reuse(self, sequence: Sequence, tokens: Seq[int], salt: str) -> None:
         if self.pool is None:
             return
-        match = self._match(self.pool, tokens, salt)
+        match = self._match(self.pool, tokens[: self._reusable(len(tokens)) + 1], salt)
         if match.length:
             sequence.borrow(match, self.pool)
         else:
             self.pool.release(match)
+
+    def _reusable(self, tokens: int) -> int:
+        """Most tokens of a prompt that may come from the pool.
+
+        What a compression looks at must be computed: the queries that vote, before it first acts.
+        """
+        compression = self.recipe.compression
+        if compression is None or compression.turns == "none":
+            return tokens - 1
+        acts = min(tokens, compression.block or tokens)
+        return max(0, acts - max(1, compression.needs.window_queries))
 
     def _match(self, pool: Pool, tokens: Seq[int], salt: str) -> Match:
         namespace = self._namespace(salt)

@@ -28,7 +28,7 @@ class Limits:
             raise ValueError("max_num_batched_tokens and max_num_seqs must be at least 1")
 
 
-def share(pending: list[tuple[int, int, int]], limits: Limits) -> list[int]:
+def share(pending: list[tuple[int, int, int]], limits: Limits, block: int = 0) -> list[int]:
     """Tokens by which each running sequence advances in the next step.
 
     Decoding sequences go first with one token each: a long prompt never stalls them. What is
@@ -40,6 +40,8 @@ def share(pending: list[tuple[int, int, int]], limits: Limits) -> list[int]:
         Per running sequence, in order of arrival: tokens that wait to be computed (1 while
         decoding), the chunk multiple of its recipe, and how many are computed already.
     limits : Limits
+    block : int
+        No prompt goes beyond the next multiple of so many tokens in one step; 0 for no such borders.
 
     Returns
     -------
@@ -54,8 +56,9 @@ def share(pending: list[tuple[int, int, int]], limits: Limits) -> list[int]:
         if tokens <= 1:
             shares.append(tokens)
             continue
-        take = min(tokens, left)
-        if take < tokens:
+        border = (computed // block + 1) * block - computed if block else tokens
+        take = min(tokens, left, border)
+        if take < min(tokens, border):
             # Borders stand at multiples counted from position 0, so that chunks line up.
             take = max((computed + take) // multiple * multiple - computed, 0)
         shares.append(take)
@@ -65,6 +68,7 @@ def share(pending: list[tuple[int, int, int]], limits: Limits) -> list[int]:
         # because a smaller chunk would change its result.
         for i, (tokens, multiple, computed) in enumerate(pending):
             if tokens:
-                shares[i] = min(tokens, (computed // multiple + 1) * multiple - computed)
+                border = (computed // block + 1) * block - computed if block else tokens
+                shares[i] = min(tokens, border, (computed // multiple + 1) * multiple - computed)
                 break
     return shares

@@ -16,6 +16,7 @@ __all__ = ["epicache"]
 def epicache(
     *,
     keep: int = 2048,
+    block: int = 2048,
     profile: str = "layer-sensitivity.safetensors",
     power: float = 1.1,
     heads: Literal["pair", "uniform"] = "pair",
@@ -29,13 +30,14 @@ def epicache(
     The recipe is the compression: after every block of the prompt the text of an episode is read over
     the entries, and those that it attends to stay, so that memory never exceeds budget and block.
     ``llm.episodes(history)`` clusters a conversation, builds one such cache per topic and answers each
-    question from the nearest one. The block is ``max_num_batched_tokens`` of ``winnow.load`` (2048 in
-    the code).
+    question from the nearest one.
 
     Parameters
     ----------
     keep : int
         Entries per KV head on average over the model, after every block.
+    block : int
+        Tokens that are read before the cache is cut again.
     profile : str
         Path of the layers' sensitivity: ``winnow profile layer-sensitivity MODEL``.
     power : float
@@ -59,7 +61,7 @@ def epicache(
             score=PeakAttention(),
             budget=Sensitivity(keep=keep, power=power, heads=heads),
             act=Drop(),
-            chunks=True,
+            block=block,
         ),
         profile=profile,
     )
