@@ -43,7 +43,7 @@ TIGHT: dict[str, dict[str, Any]] = {
     "h2o": {"heavy": 24, "recent": 16, "every": 4},
     "d2o": {"heavy": 24, "recent": 16, "every": 4, "dense_first": 1},
     "lazy-eviction": {"keep": 40, "window": 4, "alpha": 0.02},
-    "think": {"percent": 40, "keep": 100},
+    "think": {"percent": 60, "keep": 100},
     "zipcache": {"every": 4, "recent": 8, "random": 8},
     "gear": {"bits": 4, "every": 64},
     "epicache": {"keep": 40, "block": 128},

@@ -62,9 +62,9 @@ class Separable(Decoded):
         bits, size = self.bits, c.shape[-1]
         k = Quantized(codes=k_codes, scale=k_scale, zero=k_zero, bits=bits, axis="channel", group=ENTRIES)
         v = Quantized(codes=v_codes, scale=v_scale, zero=v_zero, bits=bits, axis="token", group=size)
-        value = dequantize(v, torch.float32)
-        pages = value.view(*c.shape[:-1], ENTRIES, size).mul_(c.float().unsqueeze(-2))
-        return dequantize(k, dtype), pages.view(value.shape).to(dtype)
+        value = dequantize(v, dtype)
+        value.view(*c.shape[:-1], ENTRIES, size).mul_(c.to(dtype).unsqueeze(-2))
+        return dequantize(k, dtype), value
 
 
 def _once(name: str, width: int) -> Plane:

@@ -23,7 +23,8 @@ class Thin:
     One row holds an entry's remaining key channels and behind them its value. Read from its beginning
     as ``D`` values, the row is the key followed by the first channels of the same entry's value, and a
     query that is zero there leaves only the key: so the ordinary kernel attends over the rows as they
-    lie, and a row's bytes come from memory once. A page knows its channels.
+    lie, and a row's bytes come from memory once. Keys are filled up with zeros to a multiple of eight
+    channels, so that values are aligned. A page knows its channels.
 
     Parameters
     ----------
@@ -37,6 +38,7 @@ class Thin:
         self.channels: int | None = channels
         self.name = f"thin:{channels}"
         self._kept = channels
+        self._slot = -(-channels // 8) * 8
 
     def planes(self, head_dim: int, dtype: torch.dtype) -> tuple[Plane, ...]:
         if self._kept > head_dim or head_dim > 256:
@@ -44,7 +46,7 @@ class Thin:
                 f"codec {self.name!r}: a head has {head_dim} channels; keep no more, of at most 256"
             )
         return (
-            Plane(name="kv", dtype=dtype, width=self._kept + head_dim),
+            Plane(name="kv", dtype=dtype, width=self._slot + head_dim),
             Plane(name="channels", dtype=torch.uint8, width=self._kept, entries=ENTRIES),
         )
 
@@ -54,18 +56,20 @@ class Thin:
         Keys that were decoded are zero in the channels they lost, so they keep what they have.
         """
         pages = k.shape[0] // ENTRIES
-        if channels is None:
+        if channels is not None:
+            channels = channels.to(k.device)
+            thin, channels_PC = k.index_select(1, channels), channels.expand(pages, -1)
+        else:
             energy_PD = k.float().view(pages, ENTRIES, -1).square().sum(1)
             order_PD = energy_PD.sort(dim=1, descending=True, stable=True).indices
             channels_PC = order_PD[:, : self._kept].sort(1).values
-        else:
-            channels_PC = channels.to(k.device).expand(pages, -1)
-        thin = k.gather(1, channels_PC.repeat_interleave(ENTRIES, 0))
-        return torch.cat([thin, v], 1), channels_PC.to(torch.uint8)
+            thin = k.gather(1, channels_PC.repeat_interleave(ENTRIES, 0))
+        filler = k.new_zeros(k.shape[0], self._slot - self._kept)
+        return torch.cat([thin, filler, v], 1), channels_PC.to(torch.uint8)
 
     def decode(self, rows: tuple[Tensor, ...], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         kv, channels = rows
-        v = kv[..., self._kept :]
+        v = kv[..., self._slot :]
         k = torch.zeros_like(v, memory_format=torch.contiguous_format)
         at = channels.long().repeat_interleave(ENTRIES, -2)
         return k.scatter_(-1, at, kv[..., : self._kept]).to(dtype), v.to(dtype)
@@ -85,31 +89,16 @@ class Thin:
 
         None for a list of entries of pages that do not share their channels.
         """
-        bounds = segment.derived("bounds", self._bounds)
-        stretches = list(pairwise(bounds))
+        stretches = segment.derived("stretches", self._stretches)
         if selection is not None and len(stretches) > 1:
             return None
-        H, D = segment.heads, segment.head_dim
+        q_HGD = q_HD.view(segment.heads, -1, segment.head_dim)
         partials = []
-        for first, last in stretches:
-            part = segment if len(stretches) == 1 else segment.narrow(first, last)
-            kv, channels = part.rows
-            at_HGC = channels[:, :1].long().expand(H, q_HD.shape[0] // H, -1)
-            q_HGD = torch.zeros(H, q_HD.shape[0] // H, D, dtype=q_HD.dtype, device=q_HD.device)
-            q_HGD[..., : self._kept] = q_HD.view(H, -1, D).gather(2, at_HGC)
-            raw = Segment(
-                k=kv[..., :D],
-                v=kv[..., self._kept :],
-                lengths=part.lengths,
-                start=part.start,
-                positions=part.positions,
-                bias=part.bias,
-                tier=part.tier,
-                version=part.version,
-            )
+        for raw, at_HGD, kept_HGD in stretches:
+            thin_HGD = q_HGD.gather(2, at_HGD.expand_as(q_HGD)) * kept_HGD.to(q_HD.dtype)
             partials.append(
                 decode(
-                    q_HGD.flatten(0, 1),
+                    thin_HGD.flatten(0, 1),
                     raw,
                     spec=spec,
                     position=position,
@@ -125,6 +114,34 @@ class Thin:
         return Partial(
             out=whole.out, lse=whole.lse, pairs=whole.pairs, logits=torch.cat(logits, 1) if logits else None
         )
+
+    def _stretches(self, segment: EncodedSegment) -> list[tuple[Segment, Tensor, Tensor]]:
+        """Entries between changes of any head's channels: rows as keys and values, and channels.
+
+        Per stretch ``[H, 1, D]`` the channel of the query that each of the row's first ``D`` values
+        meets, and whether it meets any.
+        """
+        found = []
+        H, D = segment.heads, segment.head_dim
+        bounds = self._bounds(segment)
+        for first, last in pairwise(bounds):
+            part = segment if len(bounds) == 2 else segment.narrow(first, last)
+            kv, channels = part.rows
+            at_HGD = torch.zeros(H, 1, D, dtype=torch.int64, device=kv.device)
+            at_HGD[..., : self._kept] = channels[:, :1]
+            raw = Segment(
+                k=kv[..., :D],
+                v=kv[..., self._slot :],
+                lengths=part.lengths,
+                start=part.start,
+                positions=part.positions,
+                bias=part.bias,
+                tier=part.tier,
+                version=part.version,
+            )
+            kept_HGD = (torch.arange(D, device=kv.device) < self._kept).expand(H, 1, D)
+            found.append((raw, at_HGD, kept_HGD))
+        return found
 
     @staticmethod
     def _bounds(segment: EncodedSegment) -> list[int]:
