@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from collections.abc import Sequence as Seq
-from itertools import chain
 from pathlib import Path
 from typing import Any, overload
 
 import torch
 
 from winnow import methods
-from winnow.chunks import Chunks, split
+from winnow.chunks import Chunks, divide, split
 from winnow.engine.engine import Engine, Event, Progress
 from winnow.engine.repair import Division
 from winnow.engine.request import Result, SamplingParams
@@ -126,24 +125,7 @@ class LLM:
             return self._text().encode(prompt, special=special), None
         if not isinstance(prompt, Chunks):
             return [int(t) for t in prompt], None
-        pieces = [
-            self._text().encode(piece, special=False) if isinstance(piece, str) else [int(t) for t in piece]
-            for piece in prompt.pieces
-        ]
-        begin = self._begin()
-        if special and isinstance(prompt.pieces[0], str):
-            pieces[0] = begin + pieces[0]
-        alike = pieces[0][: len(begin)] == begin
-        lengths = tuple(len(piece) for piece in pieces[:-1])
-        division = Division(lengths=lengths, begin=tuple(begin) if alike else ())
-        return list(chain.from_iterable(pieces)), division
-
-    def _begin(self) -> list[int]:
-        """What the tokenizer puts before a text."""
-        if self.text is None:
-            return []
-        plain, whole = (self.text.encode("a", special=special) for special in (False, True))
-        return next((whole[:i] for i in range(len(whole)) if whole[i : i + len(plain)] == plain), [])
+        return divide(prompt, self.text, special=special)
 
     def _text(self) -> Text:
         if self.text is None:

@@ -4,8 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
+from typing import Protocol
 
-__all__ = ["Chunks", "split"]
+from winnow.engine.repair import Division
+
+__all__ = ["Chunks", "Words", "divide", "split"]
+
+
+class Words(Protocol):
+    """What makes tokens of a text."""
+
+    def encode(self, text: str, *, special: bool = True) -> list[int]:
+        """Token ids; ``special`` adds what stands around a whole text."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -36,3 +48,44 @@ def split(text: str, separator: str) -> Chunks | str:
     parts = text.split(separator)
     pieces = [part + separator for part in parts[:-1]] + [part for part in parts[-1:] if part]
     return Chunks(pieces) if len(pieces) > 1 else text
+
+
+def divide(prompt: Chunks, words: Words | None, *, special: bool = True) -> tuple[list[int], Division]:
+    """Token ids of a prompt in chunks, and where they divide.
+
+    Parameters
+    ----------
+    prompt : Chunks
+    words : Words or None
+        None takes pieces of token ids only.
+    special : bool
+        Put a begin token before a prompt that begins with text.
+
+    Raises
+    ------
+    ValueError
+        A piece is text and there is nothing that makes tokens of it.
+    """
+
+    def tokens(piece: str | Sequence[int]) -> list[int]:
+        if not isinstance(piece, str):
+            return [int(t) for t in piece]
+        if words is None:
+            raise ValueError("this model came without a tokenizer; give token ids instead of text")
+        return words.encode(piece, special=False)
+
+    pieces = [tokens(piece) for piece in prompt.pieces]
+    begin = _begin(words)
+    if special and isinstance(prompt.pieces[0], str):
+        pieces[0] = begin + pieces[0]
+    alike = pieces[0][: len(begin)] == begin
+    lengths = tuple(len(piece) for piece in pieces[:-1])
+    return list(chain.from_iterable(pieces)), Division(lengths=lengths, begin=tuple(begin) if alike else ())
+
+
+def _begin(words: Words | None) -> list[int]:
+    """What the tokenizer puts before a text."""
+    if words is None:
+        return []
+    plain, whole = (words.encode("a", special=special) for special in (False, True))
+    return next((whole[:i] for i in range(len(whole)) if whole[i : i + len(plain)] == plain), [])

@@ -527,7 +527,8 @@ class Engine:
 
     def growth(self) -> int:
         """Most bytes that the next step adds."""
-        return sum(self.bytes_of(count) for count in self._next_shares() if count)
+        chunks = sum(self.bytes_of(run.pending) for run in self._waiting if run.division is not None)
+        return chunks + sum(self.bytes_of(count) for count in self._next_shares() if count)
 
     def planned(self) -> int:
         """Tokens that the next step computes."""

@@ -156,6 +156,11 @@ class ChunkPart(Protocol):
         ...
 
     @property
+    def capacity_bytes(self) -> int:
+        """Most memory that the pool may hold."""
+        ...
+
+    @property
     def repairs(self) -> bool:
         """Whether any token is computed again."""
         ...

@@ -289,6 +289,7 @@ async def _answer(
             salt=body.cache_salt,
             priority=body.priority,
             steer=asked.steer,
+            division=asked.divisions[number],
             listen=flow.listener(number),
             deadline=time.monotonic() + service.settings.request_timeout,
         )

@@ -11,6 +11,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
+from winnow.engine.repair import Division
 from winnow.engine.request import Result, SamplingParams
 from winnow.engine.steer import Steer
 from winnow.serve.errors import ApiError
@@ -88,6 +89,8 @@ class Job:
         Requests of different salts share no entries.
     steer : callable or None
         Makes what bends the logits of one sample.
+    division : Division or None
+        Chunks that the recipe may reuse.
     listen : callable
         Called from the worker's thread with every :data:`Update`; must not block.
     deadline : float
@@ -102,6 +105,7 @@ class Job:
     salt: str = ""
     priority: int = 0
     steer: Callable[[], Steer] | None = None
+    division: Division | None = None
     listen: Callable[[Update], None]
     deadline: float
     arrival: int = field(default_factory=lambda: next(_arrivals))

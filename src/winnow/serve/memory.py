@@ -24,6 +24,16 @@ class Memory:
         Bytes.
     engines : sequence of Engine
         Engines whose sequences count; they may share pools.
+
+    Attributes
+    ----------
+    room : int
+        The limit less what the pools of chunks may hold, which keep to a capacity of their own.
+
+    Raises
+    ------
+    ValueError
+        Pools of chunks would leave less than half of the limit.
     """
 
     def __init__(self, limit: int, engines: Sequence[Engine]) -> None:
@@ -31,6 +41,14 @@ class Memory:
         self.peak = 0
         self.pools: list[Pool] = []
         self._engines = list(engines)
+        self._chunks = [engine.repair for engine in engines if engine.repair is not None]
+        taken = sum(repair.part.capacity_bytes for repair in self._chunks)
+        self.room = limit - taken
+        if 2 * taken > limit:
+            raise ValueError(
+                f"pools of chunks may take {taken} of {limit} bytes of KV memory; lower their capacity_bytes "
+                "in the recipe to half of it, or raise --kv-memory"
+            )
         for engine in engines:
             if engine.pool is not None and all(engine.pool is not pool for pool in self.pools):
                 self.pools.append(engine.pool)
@@ -39,13 +57,15 @@ class Memory:
 
     def held(self) -> int:
         """Bytes held now, measured; the highest is remembered."""
-        held = self._sequences() + sum(pool.bytes() for pool in self.pools)
+        held = sum(self.by_kind().values())
         self.peak = max(self.peak, held)
         return held
 
     def by_kind(self) -> dict[str, int]:
-        """The same by ``tier/codec``; what the pools hold is ``host/pool``."""
+        """The same by ``tier/codec``; what the pools hold is ``host/pool`` and ``host/chunks``."""
         kinds = {"host/pool": sum(pool.bytes() for pool in self.pools)}
+        if self._chunks:
+            kinds["host/chunks"] = sum(repair.pool.bytes() for repair in self._chunks)
         for engine in self._engines:
             for kind, count in engine.bytes_stored().items():
                 kinds[kind] = kinds.get(kind, 0) + count
@@ -58,12 +78,12 @@ class Memory:
         """
         promised = sum(engine.bytes_promised() for engine in self._engines)
         air = self._air if promised else 0
-        return promised + need + air <= self.limit and self._shrink(promised + need)
+        return promised + need + air <= self.room and self._shrink(promised + need)
 
     def step_fits(self) -> bool:
         """Whether every engine can take its next step; pools shrink for it where that helps."""
         after = self._sequences() + sum(engine.growth() for engine in self._engines)
-        return after <= self.limit and self._shrink(after)
+        return after <= self.room and self._shrink(after)
 
     def _sequences(self) -> int:
         return sum(engine.bytes_held() for engine in self._engines)
@@ -72,5 +92,5 @@ class Memory:
         """Give the pools what ``others`` bytes leave; False where locked entries take more."""
         for pool in self.pools:
             rest = sum(other.bytes() for other in self.pools if other is not pool)
-            pool.resize(max(self.limit - others - rest, 0))
-        return others + sum(pool.bytes() for pool in self.pools) <= self.limit
+            pool.resize(max(self.room - others - rest, 0))
+        return others + sum(pool.bytes() for pool in self.pools) <= self.room

@@ -21,6 +21,7 @@ from winnow import methods
 from winnow.engine.engine import Engine
 from winnow.engine.scheduler import Limits
 from winnow.kernels.backend import Backend
+from winnow.models.swiftkv.model import transformed
 from winnow.models.text import Text
 from winnow.recipe import Recipe
 from winnow.retrieval.protocol import Pool
@@ -110,7 +111,11 @@ def build(
     for name, recipe in settings.recipes.items():
         pooled = _pooled(recipe, radix) if prefix_caching else recipe
         engine = Engine(
-            model, pooled, limits=limits, backend=backend, words=None if text is None else text.stream
+            transformed(model, pooled.generation),
+            pooled,
+            limits=limits,
+            backend=backend,
+            words=None if text is None else text.stream,
         )
         if pooled.retrieval is radix:
             shared = shared or _pool(engine, settings, radix)

@@ -9,9 +9,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from winnow.chunks import Chunks, divide, split
+from winnow.engine.repair import Division
 from winnow.engine.request import SamplingParams
 from winnow.engine.steer import Steer
 from winnow.models.text import Text
+from winnow.retrieval.protocol import reuses_chunks
 from winnow.serve import tools
 from winnow.serve.config import Settings
 from winnow.serve.errors import ApiError
@@ -31,6 +34,7 @@ class Asked:
     """What a body asks of the engine: one or several prompts under the same parameters."""
 
     prompts: list[list[int]]
+    divisions: list[Division | None]
     params: SamplingParams
     steer: Callable[[], Steer] | None
     recipe: str
@@ -125,13 +129,19 @@ class Translator:
             raise ApiError(400, "best_of must equal n; every sample is returned", param="best_of")
         if request.echo and request.logprobs is not None:
             raise ApiError(400, "echo with logprobs is not supported; ask for one of them", param="echo")
-        prompts = self._prompts(request.prompt)
+        recipe = self._recipe(request)
+        given = self._prompts(request.prompt, recipe)
+        prompts = [tokens for tokens, _ in given]
         wanted = request.max_tokens if "max_tokens" in request.model_fields_set else None
         room = self._settings.max_model_len - max(map(len, prompts))
         most = self._answer(prompts, wanted, min(_DEFAULT_ANSWER, max(room, 1)))
         params = self._params(request, most, request.logprobs)
         return Asked(
-            prompts=prompts, params=params, steer=chain(self._bends(request)), recipe=self._recipe(request)
+            prompts=prompts,
+            divisions=[division for _, division in given],
+            params=params,
+            steer=chain(self._bends(request)),
+            recipe=recipe,
         )
 
     def chat(self, request: ChatRequest) -> Asked:
@@ -145,24 +155,35 @@ class Translator:
         logprobs = (request.top_logprobs or 0) if request.logprobs else None
         params = self._params(request, most, logprobs)
         bends = [*self._bends(request), *self._form(request)]
-        return Asked(prompts=prompts, params=params, steer=chain(bends), recipe=self._recipe(request))
+        recipe = self._recipe(request)
+        return Asked(prompts=prompts, divisions=[None], params=params, steer=chain(bends), recipe=recipe)
 
-    def _prompts(self, prompt: str | list[int] | list[str] | list[list[int]]) -> list[list[int]]:
-        if isinstance(prompt, str):
-            prompts = [self.encode(prompt)]
-        elif not prompt:
+    def _prompts(
+        self, prompt: str | list[int] | list[str] | list[list[int]], recipe: str
+    ) -> list[tuple[list[int], Division | None]]:
+        if not isinstance(prompt, str) and not prompt:
             raise ApiError(400, "the prompt is empty; give at least one token", param="prompt")
-        elif isinstance(prompt[0], int):
-            prompts = [list(prompt)]
-        elif len(prompt) > _MAX_PROMPTS:
+        alone = isinstance(prompt, str) or isinstance(prompt[0], int)
+        several: Sequence[Any] = [prompt] if alone else prompt
+        if len(several) > _MAX_PROMPTS:
             raise ApiError(400, f"more than {_MAX_PROMPTS} prompts in one request", param="prompt")
-        else:
-            prompts = [self.encode(one) if isinstance(one, str) else list(one) for one in prompt]
-        for one in prompts:
-            if not one:
+        found = [self._divided(one, recipe) if isinstance(one, str) else (list(one), None) for one in several]
+        for tokens, _ in found:
+            if not tokens:
                 raise ApiError(400, "a prompt is empty; give at least one token", param="prompt")
-            self.check_tokens(one)
-        return prompts
+            self.check_tokens(tokens)
+        return found
+
+    def _divided(self, text: str, recipe: str) -> tuple[list[int], Division | None]:
+        """A text in tokens, and in chunks where the recipe reuses them and says what parts them."""
+        part = self._settings.recipes[recipe].retrieval
+        if part is not None and reuses_chunks(part) and part.separator is not None:
+            parted = split(text, part.separator)
+            if isinstance(parted, Chunks):
+                words = self._words()
+                with self._lock:
+                    return divide(parted, words)
+        return self.encode(text), None
 
     def _answer(self, prompts: list[list[int]], wanted: int | None, default: int) -> int:
         limit, longest = self._settings.max_model_len, max(map(len, prompts))

@@ -38,6 +38,7 @@ class Counters:
         self.prompt_tokens = 0
         self.computed_tokens = 0
         self.reused_tokens = 0
+        self.approximate_tokens = 0
         self.generated_tokens = 0
         self.preemptions = 0
         self.steps = 0
@@ -117,10 +118,10 @@ class Worker:
         """
         engine = self.engines[job.recipe]
         most = engine.bytes_of(len(job.tokens)) + job.params.n * engine.bytes_of(job.params.max_new_tokens)
-        if most > self.memory.limit:
+        if most > self.memory.room:
             raise ApiError(
                 400,
-                f"this request may need {most} bytes of KV memory and the server has {self.memory.limit}; "
+                f"this request may need {most} bytes of KV memory and the server has {self.memory.room}; "
                 "shorten the prompt, ask for fewer tokens or fewer samples",
                 code="context_length_exceeded",
             )
@@ -316,11 +317,10 @@ class Worker:
         job.started = job.started or time.monotonic()
         try:
             if job.result is None:
-                job.result = engine.submit(job.tokens, job.params, salt=job.salt, steer=job.steer)
+                job.result = engine.submit(
+                    job.tokens, job.params, salt=job.salt, steer=job.steer, division=job.division
+                )
                 self._by_result[job.result.number] = job
-                self.counters.prompt_tokens += len(job.tokens)
-                self.counters.computed_tokens += job.result.stats.tokens_computed
-                self.counters.reused_tokens += job.result.stats.tokens_reused
             else:
                 engine.resume(job.result)
         except ValueError as error:
@@ -408,7 +408,13 @@ class Worker:
         if job is None:
             return
         now = time.monotonic()
-        job.first_token = job.first_token or now
+        if not job.first_token:
+            job.first_token = now
+            # Only now: a prompt in chunks finds what it reuses in its first step.
+            self.counters.prompt_tokens += len(job.tokens)
+            self.counters.computed_tokens += event.result.stats.tokens_computed
+            self.counters.reused_tokens += event.result.stats.tokens_reused
+            self.counters.approximate_tokens += event.result.stats.tokens_approximate
         job.last_token = now
         self.counters.generated_tokens += 1
         sample = event.sample
