@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from one_layer import drive, streams
 from torch import Tensor
 
+from winnow.compression.actions.grade import Grade
 from winnow.compression.scorers.probe_attention import ProbeAttention
 from winnow.kernels.quantize import Quantized, dequantize
 from winnow.methods import load
+from winnow.store import SequenceStore
+from winnow.store.arena import PAGE
 from winnow.store.codecs import ENTRIES, codec_named
-from winnow.types import AttentionSpec, Observation, Segment
+from winnow.types import AttentionSpec, Budget, Observation, Scores, Segment
 
 HEADS, GROUP = 2, 2
 
@@ -143,3 +148,30 @@ def test_values_are_rounded_after_their_channels_were_brought_to_like_size(bits:
     assert dequantize(q, torch.float32).shape == v.shape
     small = slice(24, 32)
     assert (back - v)[:, small].abs().mean() < plain.mean() / (2**bits - 1) / 4 / 4
+
+
+def test_bytes_are_saved_in_memory_not_on_paper() -> None:
+    n, size = 4096, 64
+    make = torch.Generator().manual_seed(0)
+    k = torch.randn(n, HEADS, size, generator=make).bfloat16()
+    with SequenceStore(layers=1, heads=HEADS, head_dim=size, dtype=torch.bfloat16, capacity=n) as store:
+        store.append(0, k, k, torch.arange(n))
+        store.advance(n)
+        before = sum(store.bytes().values())
+        seen = dataclasses.replace(observed(k, k, torch.arange(9)), segment=store.decoded(0), tokens=n)
+        scores = Scores(
+            value=torch.rand(HEADS, n, generator=make),
+            protected=torch.zeros(HEADS, n, dtype=torch.bool),
+            lengths=torch.full((HEADS,), n, dtype=torch.int32),
+        )
+        grade = Grade()
+        store.apply(0, grade.plan(seen, scores, Budget(entries=scores.lengths), grade.state()))
+        after = sum(store.bytes().values())
+        low = round(n * 0.4 / ENTRIES) * ENTRIES
+        lengths = {s.codec: s.lengths.tolist() for s in store.segments(0)}
+    assert lengths == {"separable:2": [low] * HEADS, "separable:4": [n - low] * HEADS}
+    # Codes, a scale and a zero per token, a position; three rows of scales per head and grade.
+    exact = HEADS * (low * (size // 2 + 4 + 4) + (n - low) * (size + 4 + 4) + 2 * 3 * size * 2)
+    tables = 7 + 1 + 1  # planes, which rows a page reads, positions
+    assert exact <= after <= exact + HEADS * 2 * tables * PAGE + n // ENTRIES * 4 * HEADS
+    assert after < 0.3 * before

@@ -237,8 +237,15 @@ class Layer:
         """Entry numbers of the layer as entry numbers of each of its runs."""
         runs = self._runs()
         picks: list[Picks] = [[] for _ in runs]
-        for head, numbers in enumerate(lists):
-            order = self._order(head)
+        ragged = any(min(run.lengths) != max(run.lengths) for run in runs)
+        orders = [self._order(head) for head in range(len(lists))]
+        plain = not ragged and all(order is None for order in orders)
+        for head, (numbers, order) in enumerate(zip(lists, orders, strict=True)):
+            if plain and head and numbers is lists[head - 1]:
+                # One list for all heads, as windows have it, is looked at once.
+                for picked in picks:
+                    picked.append(picked[-1])
+                continue
             at = numbers if order is None else order[numbers].sort().values
             base = 0
             for run, picked in zip(runs, picks, strict=True):
