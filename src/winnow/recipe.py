@@ -27,6 +27,7 @@ import yaml
 from winnow.compression.actions.compensate import Compensate
 from winnow.compression.actions.demote import Demote
 from winnow.compression.actions.drop import Drop
+from winnow.compression.actions.factor_keys import FactorKeys
 from winnow.compression.actions.grade import Grade
 from winnow.compression.actions.merge_similar import MergeSimilar
 from winnow.compression.actions.slide import Slide
@@ -50,6 +51,7 @@ from winnow.generation.permuted_blocks import PermutedBlocks
 from winnow.generation.protocol import Generation
 from winnow.generation.swiftkv import SwiftKV
 from winnow.generation.tri_shape import TriShape
+from winnow.loading.landmarks import Landmarks
 from winnow.loading.page_bounds import PageBounds
 from winnow.loading.protocol import Selector
 from winnow.loading.sketch import Sketch
@@ -99,9 +101,10 @@ PARTS: dict[Slot, dict[str, type]] = {
         "compensate": Compensate,
         "thin-keys": ThinKeys,
         "grade": Grade,
+        "factor-keys": FactorKeys,
     },
     "retrieval": {"blend": Blend, "radix": Radix},
-    "loading": {"tidal": Tidal, "sketch": Sketch, "page-bounds": PageBounds},
+    "loading": {"tidal": Tidal, "sketch": Sketch, "page-bounds": PageBounds, "landmarks": Landmarks},
 }
 """Every part that YAML can name, by slot."""
 

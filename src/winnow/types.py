@@ -30,6 +30,7 @@ __all__ = [
     "Budget",
     "Demotion",
     "Dense",
+    "Factors",
     "Form",
     "Glimpse",
     "LanguageModel",
@@ -131,6 +132,11 @@ class Segment:
     def bytes_per_entry(self) -> int:
         """Bytes that reading one entry (K and V of one head) moves."""
         return 2 * self.k.shape[2] * self.k.element_size()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the valid entries."""
+        return int(self.lengths.sum()) * self.bytes_per_entry
 
     def positions_of(self, head: int) -> Tensor:
         """``[S]`` int32 positions of the valid entries of one head."""
@@ -497,6 +503,31 @@ class Rewrite:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Factors:
+    """Keys of a layer, before rotation, as a product of two matrices.
+
+    The key of KV head ``h`` at position ``start + i``, turned back to position 0, is
+    ``left[i] @ right[h]``.
+
+    Attributes
+    ----------
+    left : Tensor
+        ``[n, r]``, the same for all heads.
+    right : Tensor
+        ``[H, r, D]``.
+    start : int
+        Position of row 0 of ``left``.
+    rotary : Rotary or None
+        What turns the product to its position; None for a layer without rotation.
+    """
+
+    left: Tensor
+    right: Tensor
+    start: int
+    rotary: Rotary | None
+
+
+@dataclass(frozen=True, kw_only=True)
 class Demotion:
     """Entries that change their form or their tier.
 
@@ -514,6 +545,8 @@ class Demotion:
     channels : Tensor or None
         ``[H, C]`` int64 channels of the keys that are stored, ascending, for codecs that leave
         channels out.
+    factors : Factors or None
+        The keys, for codecs that store them as a product; a row for every position that is listed.
     """
 
     oldest: int = 0
@@ -521,6 +554,7 @@ class Demotion:
     codec: str | None = None
     tier: Tier | None = None
     channels: Tensor | None = None
+    factors: Factors | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

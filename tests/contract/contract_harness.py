@@ -20,6 +20,7 @@ import winnow.retrieval
 from winnow.compression.actions.compensate import Compensate
 from winnow.compression.actions.demote import Demote
 from winnow.compression.actions.drop import Drop
+from winnow.compression.actions.factor_keys import FactorKeys
 from winnow.compression.actions.grade import Grade
 from winnow.compression.actions.merge_similar import MergeSimilar
 from winnow.compression.actions.slide import Slide
@@ -44,6 +45,7 @@ from winnow.generation.swiftkv import SwiftKV
 from winnow.generation.tri_shape import TriShape
 from winnow.kernels.merge import merge
 from winnow.kernels.prefill import prefill
+from winnow.loading.landmarks import Landmarks
 from winnow.loading.page_bounds import PageBounds
 from winnow.loading.sketch import Sketch
 from winnow.loading.tidal import Tidal
@@ -122,10 +124,12 @@ SAMPLES: dict[type, Sample] = {
     ThinKeys: Sample(ThinKeys(percent=40, recent=3, window=4), ThinKeys(percent=0)),
     Grade: Sample(Grade(recent=3), Grade(recent=10_000)),
     Demote: Sample(Demote(codec="raw", recent=3), Demote(codec="raw", recent=10_000)),
+    FactorKeys: Sample(FactorKeys(rank=8, outliers=2, local=1), FactorKeys(local=10_000)),
     Blend: Sample(Blend(recompute=(30,)), Blend(recompute=(100,))),
     Radix: Sample(Radix(page=4, capacity_bytes=1 << 20), Radix(page=1)),
     Sketch: Sample(Sketch(keep=7, recent=2, sinks=1, every=2), Sketch(keep=10_000)),
     PageBounds: Sample(PageBounds(keep=6, page=2, dense_layers=0), PageBounds(keep=10_000)),
+    Landmarks: Sample(Landmarks(keep=6, chunk=2, raw=True), Landmarks(keep=10_000)),
     Tidal: Sample(Tidal(keep=7, dense_layers=1), Tidal(keep=10_000, dense_layers=1)),
 }
 

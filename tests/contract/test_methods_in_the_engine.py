@@ -52,6 +52,7 @@ TIGHT: dict[str, dict[str, Any]] = {
     "cacheblend": {"recompute": (30,)},
     "tidal-decode": {"keep": 24},
     "quest": {"keep": 24, "page": 4},
+    "shadowkv": {"keep": 24, "rank": 12, "outliers": 2, "local": 1},
 }
 LIMIT: dict[str, dict[str, Any]] = {
     "a-shape": {"init": 0, "local": 10_000},
@@ -74,6 +75,7 @@ LIMIT: dict[str, dict[str, Any]] = {
     "cacheblend": {"recompute": (100,)},
     "tidal-decode": {"keep": 10_000},
     "quest": {"keep": 10_000},
+    "shadowkv": {"keep": 10_000, "rank": 32, "outliers": 2, "local": 1},
 }
 # Methods that read a profile find one of the model that most tests use, with arbitrary scores.
 PROFILES = Path(tempfile.mkdtemp(prefix="winnow-profiles-"))

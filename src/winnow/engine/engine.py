@@ -577,7 +577,7 @@ class Engine:
         """
         parked = self._suspended[result.number]
         while parked:
-            parked[0].run.sequence.resume(parked[0].path, str(self.model.device))
+            parked[0].run.sequence.resume(parked[0].path, self.model)
             self._running.append(parked.pop(0).run)
         del self._suspended[result.number]
 

@@ -11,9 +11,14 @@ from winnow.recipe import Recipe
 from winnow.retrieval.protocol import Match, Pool
 from winnow.store import files
 from winnow.store.sequence import SequenceStore
-from winnow.types import Profile
+from winnow.types import LanguageModel, Profile, Rotary
 
-__all__ = ["Holder", "Sequence"]
+__all__ = ["Holder", "Sequence", "rotary_of"]
+
+
+def rotary_of(model: LanguageModel) -> Callable[[int], Rotary | None]:
+    """How the layers of a store turn keys."""
+    return lambda layer: model.rotary(model.slots.index(layer))
 
 
 class Holder:
@@ -125,12 +130,12 @@ class Sequence:
         self.close()
         return held
 
-    def resume(self, path: Path, device: str) -> None:
+    def resume(self, path: Path, model: LanguageModel) -> None:
         """Read back what :meth:`suspend` wrote, and remove the file.
 
         Side data of a selector is keyed by the segments that are gone: it is built anew.
         """
-        self.store, _ = files.load(path, device=device)
+        self.store, _ = files.load(path, device=model.device, rotary=rotary_of(model))
         if self.recipe.loading is not None:
             self.loading_state = self.recipe.loading.state()
         path.unlink()

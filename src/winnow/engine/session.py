@@ -10,7 +10,7 @@ from typing import Any
 from winnow.engine.engine import Engine, Event, Progress
 from winnow.engine.repair import Division
 from winnow.engine.request import Result, SamplingParams
-from winnow.engine.sequence import Holder, Sequence
+from winnow.engine.sequence import Holder, Sequence, rotary_of
 from winnow.store import files
 
 __all__ = ["Session"]
@@ -164,7 +164,7 @@ class Session:
             Torn, foreign, or of another model or recipe.
         """
         expect = {"model": engine.model.fingerprint, "recipe": engine.recipe.fingerprint()}
-        store, header = files.load(Path(path), expect)
+        store, header = files.load(Path(path), expect, rotary=rotary_of(engine.model))
         sequence = Sequence(engine.recipe, store, engine.profile)
         sequence.tokens = list(header["tokens"])
         sequence.turns, sequence.pure = int(header["turns"]), int(header["pure"])

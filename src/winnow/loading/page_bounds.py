@@ -10,39 +10,19 @@ from torch import Tensor
 from torch.nn import functional
 
 from winnow._check import integer
-from winnow.loading.lists import Stored, choose, identity
+from winnow.loading.lists import Stored, choose
+from winnow.loading.page_table import PageTable, updated
 from winnow.loading.protocol import DecodeLayer
 from winnow.types import EVERYTHING, Needs, View
 
 __all__ = ["PageBounds"]
-
-_GROW = 64  # pages by which a table's reserve grows, so that a step copies nothing
-
-
-@dataclass
-class _Table:
-    """Extremes of the keys of every page of one segment.
-
-    Attributes
-    ----------
-    of : tuple
-        What the segment was; another one makes the table stale.
-    bounds : Tensor
-        ``[H, P, 2 D]``: the largest values of a page's keys, then the smallest.
-    done : list of int
-        Entries of each head that the table covers.
-    """
-
-    of: tuple[object, ...]
-    bounds: Tensor
-    done: list[int]
 
 
 @dataclass
 class PageBoundsState:
     """The tables of every layer that chooses, one per segment."""
 
-    tables: dict[int, list[_Table]] = field(default_factory=dict)
+    tables: dict[int, list[PageTable]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,7 +97,7 @@ class PageBounds:
         del tables[len(ctx.segments) :]
         scores, scanned = [], 0
         for i, segment in enumerate(ctx.segments):
-            table = self._table(tables[i] if i < len(tables) else None, segment)
+            table = updated(tables[i] if i < len(tables) else None, segment, self.page, _extremes)
             tables[i : i + 1] = [table]
             score_HP, read = self._score(ctx, segment, table)
             scores.append(score_HP)
@@ -133,16 +113,12 @@ class PageBounds:
 
     def state_bytes(self, state: PageBoundsState) -> int:
         """Bytes of the bounds, with their reserve."""
-        return sum(
-            table.bounds.numel() * table.bounds.element_size()
-            for tables in state.tables.values()
-            for table in tables
-        )
+        return sum(table.nbytes for tables in state.tables.values() for table in tables)
 
-    def _score(self, ctx: DecodeLayer, segment: Stored, table: _Table) -> tuple[Tensor, int]:
+    def _score(self, ctx: DecodeLayer, segment: Stored, table: PageTable) -> tuple[Tensor, int]:
         """``[H, P]`` float32 bounds on the scaled logits, ``-inf`` behind a head's end, and bytes read."""
         pages = -(-max(table.done) // self.page)
-        bounds_HPE = table.bounds[:, :pages]
+        bounds_HPE = table.rows[:, :pages]
         q_HGD = ctx.q.view(segment.heads, -1, ctx.q.shape[1])
         q_HGE = torch.cat([q_HGD.clamp(min=0), q_HGD.clamp(max=0)], 2)
         score_HP = (q_HGE @ bounds_HPE.transpose(1, 2)).amax(1).float() * ctx.spec.scale
@@ -155,43 +131,6 @@ class PageBounds:
             score_HP = score_HP.masked_fill(torch.arange(pages) >= held[:, None], -torch.inf)
         return score_HP, bounds_HPE.numel() * bounds_HPE.element_size()
 
-    def _table(self, old: _Table | None, segment: Stored) -> _Table:
-        """Bounds of all pages; only those of pages that changed are computed."""
-        of, lengths = identity(segment), segment.lengths.tolist()
-        if old is None or old.of != of or any(a > b for a, b in zip(old.done, lengths, strict=True)):
-            old = _Table(of=of, bounds=_empty(segment, 0), done=[0] * len(lengths))
-        if old.done == lengths:
-            return old
-        pages = -(-max(lengths) // self.page)
-        if pages > old.bounds.shape[1]:
-            wider = _empty(segment, -(-pages // _GROW) * _GROW)
-            wider[:, : old.bounds.shape[1]] = old.bounds
-            old.bounds = wider
-        together = min(lengths) == max(lengths) and min(old.done) == max(old.done)
-        for heads in [slice(None)] if together else [slice(h, h + 1) for h in range(len(lengths))]:
-            self._update(old, segment, heads, old.done[heads][0], lengths[heads][0])
-        old.done = lengths
-        return old
 
-    def _update(self, table: _Table, segment: Stored, heads: slice, done: int, length: int) -> None:
-        first = done // self.page * self.page
-        if first >= length:
-            return
-        k_HnD = segment.decode(first, length).k[heads, : length - first]
-        size = k_HnD.shape[2]
-        whole = (length - first) // self.page
-        at = first // self.page
-        into = table.bounds[heads]
-        if whole:
-            paged = k_HnD[:, : whole * self.page].reshape(-1, whole, self.page, size)
-            into[:, at : at + whole, :size] = paged.amax(2)
-            into[:, at : at + whole, size:] = paged.amin(2)
-        if length - first > whole * self.page:
-            rest = k_HnD[:, whole * self.page :]
-            into[:, at + whole, :size] = rest.amax(1)
-            into[:, at + whole, size:] = rest.amin(1)
-
-
-def _empty(segment: Stored, pages: int) -> Tensor:
-    sample = segment.decode(0, 0).k
-    return sample.new_zeros(segment.heads, pages, 2 * sample.shape[2])
+def _extremes(k: Tensor) -> Tensor:
+    return torch.cat([k.amax(-2), k.amin(-2)], -1)

@@ -24,6 +24,7 @@ from winnow.methods.pbs_attn import pbs_attn
 from winnow.methods.prefix_reuse import prefix_reuse
 from winnow.methods.quest import quest
 from winnow.methods.razor_attention import razor_attention
+from winnow.methods.shadowkv import shadowkv
 from winnow.methods.snapkv import snapkv
 from winnow.methods.streaming_llm import streaming_llm
 from winnow.methods.swiftkv import swiftkv
@@ -224,6 +225,14 @@ METHODS: dict[str, Method] = {
             paper="arXiv 2406.10774",
             needs="nothing; keeps two vectors per page",
             saves="bytes read per decode step",
+        ),
+        Method(
+            name="shadowkv",
+            make=shadowkv,
+            stage="loading",
+            paper="arXiv 2410.21465",
+            needs="rotary positions; a disk; time to rebuild keys",
+            saves="bytes in memory (keys at low rank, values on disk) and read per decode step",
         ),
     )
 }

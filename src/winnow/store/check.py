@@ -66,6 +66,7 @@ def _check_demotion(
         codec = codec_named(how.codec)
         codec.planes(head_dim, dtype)
         channels = codec.channels
+        _check_factors(how, codec.key_rank, (len(lengths), head_dim))
     if how.channels is None:
         return
     if channels is None:
@@ -75,6 +76,23 @@ def _check_demotion(
     if not sound or int(found.min()) < 0 or int(found.max()) >= head_dim:
         raise ValueError(
             f"{how.codec!r} takes {list(shape)} channels below {head_dim}, ascending in every head"
+        )
+
+
+def _check_factors(how: Demotion, rank: int | None, shape: tuple[int, int]) -> None:
+    if (rank is None) != (how.factors is None):
+        need = "stores keys as a product" if how.factors is None else "stores no product"
+        raise ValueError(
+            f"{how.codec!r} {need}: give factors with a codec of that form (the action factor-keys)"
+        )
+    if how.factors is None:
+        return
+    heads, size = shape
+    left, right = how.factors.left, how.factors.right
+    if right.shape != (heads, rank, size) or left.ndim != 2 or left.shape[1] != rank:
+        raise ValueError(
+            f"{how.codec!r} takes factors [n, {rank}] and {[heads, rank, size]}, "
+            f"not {list(left.shape)} and {list(right.shape)}"
         )
 
 

@@ -19,7 +19,7 @@ import os
 import struct
 import tempfile
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -30,6 +30,7 @@ from winnow.store.codecs import ENTRIES, Plane, codec_named, is_codec
 from winnow.store.form import StoredRows, stored_rows
 from winnow.store.run import Run
 from winnow.store.sequence import SequenceStore
+from winnow.types import Factors, Rotary
 
 __all__ = ["StoreFileError", "load", "read_header", "save"]
 
@@ -40,6 +41,10 @@ _HEAD = struct.Struct("<8sIQI")
 _ALIGN = 64
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _INDEX_LIMIT = 1 << 30  # a longer index is taken for damage before memory is asked for
+
+
+RotaryOf = Callable[[int], Rotary | None]
+"""The rotation of a layer of a store."""
 
 
 class StoreFileError(ValueError):
@@ -137,6 +142,7 @@ def _index(store: SequenceStore, header: Mapping[str, Any]) -> tuple[bytes, list
                     "positions": None if stored.positions is None else add(stored.positions),
                     "bias": None if stored.bias is None else add(stored.bias),
                     "batches": None if stored.batches is None else add(stored.batches),
+                    "factors": None if stored.factors is None else _factor_record(stored.factors, add),
                 }
             )
         runs.append(of_layer)
@@ -156,6 +162,16 @@ def _index(store: SequenceStore, header: Mapping[str, Any]) -> tuple[bytes, list
         "bytes": end,
     }
     return json.dumps(index, separators=(",", ":")).encode(), tensors
+
+
+def _factor_record(factors: Factors, add: Callable[[list[Tensor]], int]) -> dict[str, Any]:
+    return {
+        "start": factors.start,
+        "rows": len(factors.left),
+        "left": add([factors.left]),
+        "right": add([factors.right]),
+        "turned": factors.rotary is not None,
+    }
 
 
 # --------------------------------------------------------------------------- reading
@@ -181,6 +197,7 @@ def load(
     *,
     device: str | torch.device = "cpu",
     directory: str | Path | None = None,
+    rotary: RotaryOf | None = None,
 ) -> tuple[SequenceStore, dict[str, Any]]:
     """Read a sequence back.
 
@@ -193,6 +210,8 @@ def load(
         Where attention will run.
     directory : path, optional
         Where entries of the disk tier go.
+    rotary : callable, optional
+        The rotation of a layer of the store, for keys that are rebuilt before they are turned.
 
     Returns
     -------
@@ -215,7 +234,7 @@ def load(
                     f"open it with the {key} it was saved with"
                 )
         try:
-            return _fill(file, path, index, base, device, directory), header
+            return _fill(file, path, index, base, device, directory, rotary), header
         except (KeyError, TypeError, IndexError, AttributeError) as error:
             raise _damaged(path, f"its index does not make sense ({error})") from error
 
@@ -227,6 +246,7 @@ def _fill(
     base: int,
     device: str | torch.device,
     directory: str | Path | None,
+    rotary: RotaryOf | None,
 ) -> SequenceStore:
     form = index["store"]
     if form["dtype"] not in _DTYPES:
@@ -245,7 +265,7 @@ def _fill(
             raise _damaged(path, "layers or length do not fit")
         for layer, runs in enumerate(index["runs"]):
             for record in runs:
-                _fill_run(file, path, index["tensors"], base, store, layer, record)
+                _fill_run(file, path, index["tensors"], base, store, layer, record, rotary)
         store.restore(form["length"])
     except BaseException:
         store.close()
@@ -261,6 +281,7 @@ def _fill_run(
     store: SequenceStore,
     layer: int,
     record: dict[str, Any],
+    rotary: RotaryOf | None,
 ) -> None:
     shape, lengths = store.shape, record["lengths"]
     if not is_codec(record["codec"]):
@@ -292,6 +313,29 @@ def _fill_run(
         table = Plane(name=name, dtype=dtype, width=1)
         return [part[:, 0] for part in read(record[name], table, [n // entries for n in lengths])]
 
+    def read_factors() -> Factors | None:
+        found, rank = record.get("factors"), codec.key_rank
+        if (found is None) != (rank is None):
+            raise _damaged(path, f"keys of layer {layer} lack what rebuilds them")
+        if found is None or rank is None:
+            return None
+        if found["turned"] and rotary is None:
+            raise StoreFileError(
+                f"{path} holds keys that a model's rotation rebuilds; open it with load(..., rotary=...)"
+            )
+        start, rows, size = int(found["start"]), int(found["rows"]), shape.head_dim
+        if start < 0 or rows < 1 or start + rows > shape.capacity:
+            raise _damaged(path, f"the factors of layer {layer} do not fit its positions")
+        flat = Plane(name="right", dtype=shape.dtype, width=rank * size)
+        (left,) = read(found["left"], Plane(name="left", dtype=shape.dtype, width=rank), [rows])
+        (right,) = read(found["right"], flat, [shape.heads])
+        return Factors(
+            left=left,
+            right=right.view(shape.heads, rank, size),
+            start=start,
+            rotary=rotary(layer) if found["turned"] and rotary is not None else None,
+        )
+
     positions = read_side("positions", torch.int32)
     if any(len(p) and (int(p[0]) < 0 or bool((p.diff() <= 0).any())) for p in positions or ()):
         raise _damaged(path, f"positions of layer {layer} do not ascend")
@@ -312,7 +356,14 @@ def _fill_run(
         positions=positions,
         bias=read_side("bias", torch.float32),
         batches=batches,
+        factors=read_factors(),
     )
+    if (made := stored.factors) is not None:
+        ends = [(int(p[0]), int(p[-1])) for p in positions or () if len(p)]
+        if positions is None:
+            ends = [(stored.start, stored.start + n - 1) for n in lengths if n]
+        if any(first < made.start or last >= made.start + len(made.left) for first, last in ends):
+            raise _damaged(path, f"the factors of layer {layer} do not fit its positions")
     tier = record["tier"] if record["tier"] == "disk" else shape.tier
     plain = positions is None and stored.bias is None and min(lengths) == max(lengths)
     run: Run = store.restored_run(layer, record["codec"], tier, stored.start if plain else None)

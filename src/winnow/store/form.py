@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from winnow.store.codecs import ENTRIES, EncodedSegment
-from winnow.types import Segment
+from winnow.types import Factors, Segment
 
 __all__ = ["StoredRows", "stored_rows"]
 
@@ -26,6 +26,8 @@ class StoredRows:
         Position of entry 0 where ``positions`` is None.
     positions, bias, batches : list of Tensor, or None
         Per head; as the segment has them.
+    factors : Factors or None
+        The keys, where they are stored as a product.
     """
 
     planes: list[list[Tensor]]
@@ -34,6 +36,7 @@ class StoredRows:
     positions: list[Tensor] | None = None
     bias: list[Tensor] | None = None
     batches: list[Tensor] | None = None
+    factors: Factors | None = None
 
 
 def stored_rows(segment: Segment | EncodedSegment) -> StoredRows:
@@ -64,4 +67,5 @@ def stored_rows(segment: Segment | EncodedSegment) -> StoredRows:
         positions=None if segment.positions is None else of_heads(segment.positions),
         bias=None if segment.bias is None else of_heads(segment.bias),
         batches=batches,
+        factors=segment.factors if isinstance(segment, EncodedSegment) else None,
     )

@@ -17,7 +17,7 @@ from winnow.store.codecs import ENTRIES, EncodedSegment, bytes_per_entry, codec_
 from winnow.store.form import stored_rows
 from winnow.store.picks import Picks, Piece, between, is_all, lead, others, stretch
 from winnow.store.run import Run, Shape, SharedRun
-from winnow.types import Demotion, Plan, Rewrite, Segment, Tier
+from winnow.types import Demotion, Factors, Plan, Rewrite, Segment, Tier
 
 __all__ = ["Layer"]
 
@@ -136,6 +136,12 @@ class Layer:
         touched = [any(map(len, picks)) for picks in self._spread(lists)]
         if not any(touched):
             return
+        for run, hit in zip(self._runs(), touched, strict=True):
+            if hit and run.codec.key_rank is not None:
+                raise ValueError(
+                    f"a plan rewrites entries in {run.codec.name!r}, whose keys are rows of one product; "
+                    "rewrite entries before they are demoted"
+                )
         runs = []
         for run, hit in zip(self._runs(), touched, strict=True):
             runs.append(self._own(run) if hit and isinstance(run, SharedRun) else run)
@@ -207,12 +213,10 @@ class Layer:
         grown: list[Run] = []
         try:
             for kind, sources in moves.items():
-                taken = [(runs[i], picks[i]) for i in sources if moving[i]]
-                if not taken:
-                    continue
-                home = self._home(kind, taken)
-                (grown if home in before else made).append(home)
-                self._fill(home, taken, how.channels)
+                for group in _groups(kind, [(runs[i], picks[i]) for i in sources if moving[i]]):
+                    home = self._home(kind, group)
+                    (grown if home in before else made).append(home)
+                    self._fill(home, group, how)
         except BaseException:
             for home in grown:
                 home.publish(before[home])
@@ -355,7 +359,7 @@ class Layer:
                 return False
         taken: list[tuple[Run | SharedRun, Picks]] = [(tail, [pick[:sinks] for pick in picked])]
         home = self._home(_kind(tail), taken)
-        self._fill(home, taken, None)
+        self._fill(home, taken, Demotion())
         if home not in self.front:
             self.front.append(home)
         tail.drop_front([n - suffix] * len(picked))
@@ -364,6 +368,8 @@ class Layer:
 
     def _home(self, kind: Kind, taken: Sequence[tuple[Run | SharedRun, Picks]]) -> Run:
         """The run in front that entries of a kind can go behind, or a new one."""
+        if codec_named(kind[0]).key_rank is not None:  # every product is a run of its own
+            return Run(self.shape, *kind)
         firsts = [
             min(
                 (
@@ -385,9 +391,7 @@ class Layer:
                     return run
         return Run(self.shape, *kind)
 
-    def _fill(
-        self, home: Run, taken: Sequence[tuple[Run | SharedRun, Picks]], channels: Tensor | None
-    ) -> None:
+    def _fill(self, home: Run, taken: Sequence[tuple[Run | SharedRun, Picks]], how: Demotion) -> None:
         """Add the picked entries of some runs behind those of ``home``."""
         moved, where = [], []
         for head in range(self.shape.heads):
@@ -405,9 +409,15 @@ class Layer:
                 home.need_positions()
         if any(run.biased for run, _ in taken):
             home.need_bias()
+        if home.codec.key_rank is not None:
+            listed = [positions for positions in where if len(positions)]
+            first, last = min(int(p[0]) for p in listed), max(int(p[-1]) for p in listed) + 1
+            factors = _factors(taken[0][0]) or how.factors
+            assert factors is not None, "a plan that needs factors without them is refused"
+            home.factor(factors, first, last)
         for head, (_, follow) in enumerate(moved):
             parts = [(run, picked[head]) for run, picked in taken if len(picked[head])]
-            at, of_head = home.lengths[head], None if channels is None else channels[head]
+            at, of_head = home.lengths[head], None if how.channels is None else how.channels[head]
             if follow and all(_same_pages(run, home, pick) for run, pick in parts):
                 for run, pick in parts:
                     assert isinstance(run, Run)
@@ -532,6 +542,23 @@ def _whole_pages(kind: Kind, sources: Sequence[Picks], *, listed: bool) -> None:
             spare = min(excess, len(picked[head]))
             picked[head] = picked[head][: len(picked[head]) - spare]
             excess -= spare
+
+
+def _groups(
+    kind: Kind, taken: list[tuple[Run | SharedRun, Picks]]
+) -> list[list[tuple[Run | SharedRun, Picks]]]:
+    """What goes into one run: all of it, but for keys that are a product already, each on its own."""
+    if codec_named(kind[0]).key_rank is None:
+        return [taken] if taken else []
+    alone = [[one] for one in taken if _factors(one[0]) is not None]
+    rest = [one for one in taken if _factors(one[0]) is None]
+    return [*alone, rest] if rest else alone
+
+
+def _factors(run: Run | SharedRun) -> Factors | None:
+    """The factors of a run's keys, where they are stored as a product."""
+    segment = run.segment()
+    return segment.factors if isinstance(segment, EncodedSegment) else None
 
 
 def _same_pages(run: Run | SharedRun, home: Run, pick: Tensor) -> bool:

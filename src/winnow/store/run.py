@@ -10,9 +10,10 @@ from torch import Tensor
 
 from winnow.store.arena import Arena, open_arena
 from winnow.store.codecs import ENTRIES, Codec, EncodedSegment, codec_named
+from winnow.store.factors import FactorTable
 from winnow.store.form import StoredRows
 from winnow.store.picks import Piece
-from winnow.types import Segment, Tier
+from winnow.types import Factors, Segment, Tier
 
 __all__ = ["Run", "Shape", "SharedRun"]
 
@@ -52,7 +53,8 @@ class Run:
     Head ``h`` holds ``lengths[h]`` entries from slot ``first`` on, in ascending position. Positions are
     consecutive from ``start`` until something made them otherwise; only then does a table of positions
     exist. A table of biases exists once one was set. In a codec's run every head holds whole pages of
-    :data:`ENTRIES` entries; a raw run holds any number.
+    :data:`ENTRIES` entries; a raw run holds any number. Where keys are stored as a product, the run has one
+    pair of factors, which are given before the first entry is written and serve it for good.
     """
 
     def __init__(self, shape: Shape, codec: str, tier: Tier, *, start: int = 0):
@@ -75,14 +77,23 @@ class Run:
         self._bias: Arena | None = None
         pages = -(-shape.capacity // ENTRIES)
         self._batches = self._arena(1, torch.int32, pages, tier) if any(p.once for p in self.planes) else None
+        self._factors: FactorTable | None = None
         self._ready = 0  # slots that are prepared for an append to all heads, while they are uniform
         self._room = 0  # tokens that every head is prepared for, while they are ragged
         self._segment: Segment | EncodedSegment | None = None
 
-    def _arena(self, width: int, dtype: torch.dtype, rows: int, tier: Tier) -> Arena:
+    def _arena(
+        self, width: int, dtype: torch.dtype, rows: int, tier: Tier, heads: int | None = None
+    ) -> Arena:
         shape = self.shape
         return open_arena(
-            shape.heads, rows, width, dtype, tier=tier, device=shape.device, directory=shape.directory
+            heads or shape.heads,
+            rows,
+            width,
+            dtype,
+            tier=tier,
+            device=shape.device,
+            directory=shape.directory,
         )
 
     # ------------------------------------------------------------------ reading
@@ -155,6 +166,7 @@ class Run:
             head_dim=self.shape.head_dim,
             dtype=self.shape.dtype,
             batches=None if self._batches is None else self._batches.data[:, page:, 0],
+            factors=None if self._factors is None else self._factors.factors(),
             lengths=lengths,
             start=self.start,
             positions=positions,
@@ -171,6 +183,8 @@ class Run:
             held[tier] = held.get(tier, 0) + arena.nbytes()
         for table in (self._positions, self._bias, self._batches):
             held[self.tier] += 0 if table is None else table.nbytes()
+        if self._factors is not None:
+            held[self.shape.tier] = held.get(self.shape.tier, 0) + self._factors.nbytes()
         return held
 
     def nbytes(self) -> int:
@@ -237,10 +251,22 @@ class Run:
         self._room -= tokens
         self.lengths = [n + tokens for n in self.lengths]
 
+    def factor(self, given: Factors, first: int, last: int) -> None:
+        """Take the factors of the keys at positions ``first .. last - 1``, before any entry is written."""
+        assert self._factors is None, "a run has one pair of factors"
+        shape = self.shape
+
+        def make(heads: int, rows: int, width: int) -> Arena:
+            return self._arena(width, shape.dtype, rows, shape.tier, heads)
+
+        self._factors = FactorTable(given, first, last, shape.capacity, make)
+        self._segment = None
+
     def write(self, head: int, at: int, piece: Piece, channels: Tensor | None = None) -> None:
         """Encode entries into a head from entry ``at`` on; lengths are published separately.
 
-        A bias that is not zero needs a table first: :meth:`need_bias`.
+        A bias that is not zero needs a table first: :meth:`need_bias`. Keys that the run stores as a product
+        are not written: the factors already have them.
         """
         self._segment = None
         slot, last = self.first + at, self.first + at + len(piece.positions)
@@ -354,6 +380,9 @@ class Run:
                 for arena, plane in zip(self.arenas, self.planes, strict=True):
                     if plane.once:
                         arena.retain(head, 0, rows)
+        if self._factors is not None and max(lengths):
+            spans = [self.span(head) for head, n in enumerate(lengths) if n]
+            self._factors.retain(min(first for first, _ in spans), max(last for _, last in spans) + 1)
 
     def ends_before(self, position: int) -> bool:
         """Entries at consecutive positions from ``position`` on continue those of every head."""
@@ -367,6 +396,9 @@ class Run:
             self._restart(start)
         if not (positions is None and all(start == self.start + n for n in self.lengths)):
             self.need_positions()
+        if stored.factors is not None:
+            given = stored.factors
+            self.factor(given, given.start, given.start + len(given.left))
         if stored.bias is not None:
             self.need_bias()
         for head, n in enumerate(lengths):
@@ -455,7 +487,7 @@ class Run:
         """Give everything back."""
         for arena in self.arenas:
             arena.close()
-        for table in (self._positions, self._bias, self._batches):
+        for table in (self._positions, self._bias, self._batches, self._factors):
             if table is not None:
                 table.close()
 
@@ -526,7 +558,7 @@ class SharedRun:
 
     def nbytes(self) -> int:
         """Bytes of the entries in use; they belong to the pool."""
-        return sum(self.lengths) * self._segment.bytes_per_entry
+        return self._segment.nbytes
 
     def narrow(self, first: int, last: int) -> None:
         """Use only entries ``first .. last - 1`` of every head from now on."""

@@ -40,8 +40,11 @@ class Demote(Plain):
         integer("demote", "recent", self.recent, 0)
         if self.codec is None and self.tier is None:
             raise ValueError("demote: neither a codec nor a tier is named; give codec='int8' or tier='disk'")
-        if self.codec is not None:
-            codec_named(self.codec)
+        if self.codec is not None and codec_named(self.codec).key_rank is not None:
+            raise ValueError(
+                f"demote: {self.codec!r} stores keys as a product that nobody makes here; "
+                "use the action factor-keys"
+            )
         if self.tier not in (None, "device", "host", "disk"):
             raise ValueError(f"demote: tier={self.tier!r} is unknown; give 'device', 'host' or 'disk'")
 

@@ -10,6 +10,7 @@ from winnow.store.codecs.gear import Gear
 from winnow.store.codecs.int2 import Int2
 from winnow.store.codecs.int4 import Int4
 from winnow.store.codecs.int8 import Int8
+from winnow.store.codecs.low_rank import LowRank
 from winnow.store.codecs.protocol import ENTRIES, Codec, Decoded, Plane, bytes_per_entry
 from winnow.store.codecs.raw import Raw
 from winnow.store.codecs.separable import Separable
@@ -38,6 +39,7 @@ FAMILIES: dict[str, Callable[[int], Codec]] = {
     "gear2": lambda rank: Gear(2, rank),
     "gear-l4": lambda rank: Gear(4, rank, outliers=False),
     "gear-l2": lambda rank: Gear(2, rank, outliers=False),
+    "low-rank": LowRank,
 }
 """Codecs with a number, written ``name:number``."""
 

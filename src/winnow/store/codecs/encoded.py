@@ -12,7 +12,7 @@ from torch import Tensor
 
 from winnow.kernels.backend import Backend
 from winnow.store.codecs.protocol import ENTRIES, Codec, Plane, bytes_per_entry
-from winnow.types import AttentionSpec, Partial, Segment, Selection, Tier
+from winnow.types import AttentionSpec, Factors, Partial, Segment, Selection, Tier
 
 __all__ = ["EncodedSegment"]
 
@@ -35,6 +35,8 @@ class EncodedSegment:
     batches : Tensor or None
         ``[H, C / ENTRIES]`` int32: which row of the ``once`` planes each page reads; None for codecs
         without such planes.
+    factors : Factors or None
+        The keys, for codecs that store them as a product; None for the others.
     lengths, start, positions, bias, tier, version
         As in :class:`winnow.types.Segment`.
     """
@@ -45,6 +47,7 @@ class EncodedSegment:
     dtype: torch.dtype
     lengths: Tensor
     batches: Tensor | None = None
+    factors: Factors | None = None
     start: int = 0
     positions: Tensor | None = None
     bias: Tensor | None = None
@@ -68,8 +71,15 @@ class EncodedSegment:
 
     @cached_property
     def bytes_per_entry(self) -> int:
-        """Bytes that reading one entry (K and V of one head) moves, scales included."""
+        """Bytes that reading one entry (K and V of one head) moves, scales included.
+
+        Of keys that are stored as a product, the row of the left factor; what a selector reads to choose
+        is its own account.
+        """
         size = bytes_per_entry(self.form, self.head_dim, self.dtype)
+        size -= sum(-(-p.width * p.dtype.itemsize // p.entries) for p in self.planes if p.index)
+        if self.factors is not None:
+            size += self.factors.left.shape[1] * self.factors.left.element_size()
         entries = int(self.lengths.sum())
         if self.batches is None or not entries:
             return size
@@ -77,6 +87,16 @@ class EncodedSegment:
         rows = sum(row.unique().numel() for row in pages)
         shared = rows * sum(p.width * p.dtype.itemsize for p in self.planes if p.once)
         return int(size + -(-shared // entries))
+
+    @cached_property
+    def nbytes(self) -> int:
+        """Bytes of the entries, with what a selector reads, and with factors once for all heads."""
+        entries = int(self.lengths.sum())
+        if self.factors is None:
+            return entries * self.bytes_per_entry
+        both = (self.factors.left, self.factors.right)
+        shared = sum(table.numel() * table.element_size() for table in both)
+        return entries * bytes_per_entry(self.form, self.head_dim, self.dtype) + shared
 
     @cached_property
     def _derived(self) -> dict[str, Any]:
@@ -99,7 +119,7 @@ class EncodedSegment:
     def read(self, head: int, first: int, last: int) -> tuple[Tensor, Tensor]:
         """Decoded K and V ``[n, D]`` of entries ``first .. last - 1`` of one head."""
         low, high = first // ENTRIES * ENTRIES, -(-last // ENTRIES) * ENTRIES
-        k, v = self.form.decode(self._pages(head, torch.arange(low // ENTRIES, high // ENTRIES)), self.dtype)
+        k, v = self._decoded(head, torch.arange(low // ENTRIES, high // ENTRIES))
         return k[first - low : last - low], v[first - low : last - low]
 
     def decode(self, first: int = 0, last: int | None = None) -> Segment:
@@ -107,8 +127,8 @@ class EncodedSegment:
         longest = int(self.lengths.max())
         last = longest if last is None else min(last, longest)
         low, high = first // ENTRIES * ENTRIES, -(-last // ENTRIES) * ENTRIES
-        if int(self.lengths.min()) >= last:
-            k, v = self.form.decode(self._all_heads(low, high), self.dtype)
+        if int(self.lengths.min()) >= last and (self.factors is None or self.positions is None):
+            k, v = self._decoded_together(low, high)
         else:  # what lies behind the end of a shorter head is reserved, not valid: never touch it
             k = torch.zeros(
                 self.heads, high - low, self.head_dim, dtype=self.dtype, device=self.rows[0].device
@@ -128,6 +148,33 @@ class EncodedSegment:
             tier=self.tier,
             version=self.version,
         )
+
+    def turned(self, k_nD: Tensor, positions_n: Tensor) -> Tensor:
+        """Keys that were rebuilt at position 0, at their own."""
+        rotary = None if self.factors is None else self.factors.rotary
+        return k_nD if rotary is None else rotary.turn(k_nD, positions_n)
+
+    def _decoded_together(self, low: int, high: int) -> tuple[Tensor, Tensor]:
+        """K and V ``[H, n, D]`` of entries that every head holds, at the same positions."""
+        rows = self._all_heads(low, high)
+        if self.factors is None:
+            return self.form.decode(rows, self.dtype)
+        first = self.start + low - self.factors.start
+        left = self.factors.left[first : first + high - low]
+        k, v = self.form.decode((*rows, left, self.factors.right), self.dtype)
+        return self.turned(k, torch.arange(self.start + low, self.start + high, device=k.device)), v
+
+    def _decoded(self, head: int, pages: Tensor) -> tuple[Tensor, Tensor]:
+        """K and V ``[n, D]`` of the listed pages of one head."""
+        rows = self._pages(head, pages)
+        if self.factors is None:
+            return self.form.decode(rows, self.dtype)
+        at = (pages.unsqueeze(1) * ENTRIES + torch.arange(ENTRIES)).flatten()
+        table, device = self.positions, self.factors.left.device
+        positions = (self.start + at if table is None else table[head, at.to(table.device)].long()).to(device)
+        left = self.factors.left[positions - self.factors.start]
+        k, v = self.form.decode((*rows, left, self.factors.right[head]), self.dtype)
+        return self.turned(k, positions), v
 
     def _all_heads(self, low: int, high: int) -> tuple[Tensor, ...]:
         """Rows of pages that every head holds, one per page of the planes that pages hold once."""
@@ -221,7 +268,7 @@ class EncodedSegment:
         for r, n in enumerate(counts.tolist()):
             head, wanted = r // group, entries[r, :n]
             pages, inverse = torch.unique_consecutive(wanted // ENTRIES, return_inverse=True)
-            k_nD, v_nD = self.form.decode(self._pages(head, pages), self.dtype)
+            k_nD, v_nD = self._decoded(head, pages)
             at = (inverse * ENTRIES + wanted % ENTRIES).to(k.device)
             k[r, :n], v[r, :n] = k_nD[at], v_nD[at]
             if self.positions is not None:

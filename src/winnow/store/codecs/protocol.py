@@ -38,6 +38,8 @@ class Plane:
         page, as of any other plane.
     stays : bool
         The plane stays on the tier where attention runs when its run moves to a slower one.
+    index : bool
+        A selector reads the plane to choose; reading an entry does not.
     """
 
     name: str
@@ -46,6 +48,7 @@ class Plane:
     entries: int = 1
     once: bool = False
     stays: bool = False
+    index: bool = False
 
 
 class Codec(Protocol):
@@ -59,6 +62,16 @@ class Codec(Protocol):
     @property
     def channels(self) -> int | None:
         """How many channels of the keys are stored, for codecs that leave some out; else None."""
+        ...
+
+    @property
+    def key_rank(self) -> int | None:
+        """Rank of :class:`winnow.types.Factors`, for codecs that store keys as a product; else None.
+
+        The store keeps the factors beside the planes, once per run, the left one once for all heads.
+        :meth:`decode` is given two more tables behind the planes' rows, ``left [..., n, r]`` and
+        ``right [..., r, D]``, and its keys are turned to their positions by the caller.
+        """
         ...
 
     def planes(self, head_dim: int, dtype: torch.dtype) -> tuple[Plane, ...]:
@@ -110,6 +123,7 @@ class Decoded:
     """Defaults of a codec that stores all channels and that attention reads decoded."""
 
     channels: int | None = None
+    key_rank: int | None = None
 
     def attend(
         self,

@@ -36,6 +36,7 @@ class Thin:
         if channels < 1:
             raise ValueError("codec 'thin:0' keeps no channel; give at least 'thin:1'")
         self.channels: int | None = channels
+        self.key_rank: int | None = None
         self.name = f"thin:{channels}"
         self._kept = channels
         self._slot = -(-channels // 8) * 8
