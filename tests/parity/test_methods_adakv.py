@@ -6,8 +6,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from one_layer import drive, streams
 
+from tests.parity.one_layer import drive, streams
 from winnow.compression.budgets.adaptive import Adaptive
 from winnow.compression.budgets.apportion import apportion
 from winnow.compression.protocol import Setting

@@ -6,8 +6,8 @@ import math
 
 import pytest
 import torch
-from one_layer import drive, streams
 
+from tests.parity.one_layer import drive, streams
 from winnow.compression.actions.merge_similar import MergeSimilar
 from winnow.compression.budgets.density import Density
 from winnow.compression.protocol import Setting

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from one_layer import drive, streams
 
+from tests.parity.one_layer import drive, streams
 from winnow.methods import load
 from winnow.store.codecs import bytes_per_entry, codec_named
 from winnow.store.codecs.gear import Gear

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from one_layer import drive, streams
 
+from tests.parity.one_layer import drive, streams
 from winnow.methods import load
 
 PROMPT, TOKENS, GROUP = 50, 90, 2

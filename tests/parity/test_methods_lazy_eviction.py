@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 
 import torch
-from one_layer import drive, streams
 
+from tests.parity.one_layer import drive, streams
 from winnow.compression.scorers.recurrence import Recurrence
 from winnow.methods import load
 from winnow.types import AttentionSpec, Glimpse, Observation, Segment

@@ -7,10 +7,10 @@ import math
 
 import pytest
 import torch
-from one_layer import drive, streams
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import winnow
+from tests.parity.one_layer import drive, streams
 from winnow.compression.actions.compensate import Compensate
 from winnow.compression.budgets.uniform import Uniform
 from winnow.compression.protocol import Compress

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from one_layer import HalfSplit, drive, streams
 
+from tests.parity.one_layer import HalfSplit, drive, streams
 from winnow.methods import load
 
 GROUP, SINKS, RECENT, PROMPT, TOKENS = 2, 4, 20, 40, 120

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from one_layer import drive, streams
 from torch import Tensor
 
+from tests.parity.one_layer import drive, streams
 from winnow.compression.actions.drop import kept
 from winnow.compression.actions.thin_keys import ThinKeys, channel_scores
 from winnow.methods import load

@@ -6,9 +6,9 @@ import dataclasses
 
 import pytest
 import torch
-from one_layer import drive, streams
 from torch import Tensor
 
+from tests.parity.one_layer import drive, streams
 from winnow.compression.actions.grade import Grade
 from winnow.compression.scorers.probe_attention import ProbeAttention
 from winnow.kernels.quantize import Quantized, dequantize
