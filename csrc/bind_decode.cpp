@@ -11,7 +11,7 @@ void bind_decode(nb::module_& m) {
   m.def(
       "decode",
       [](uintptr_t q, uintptr_t k, uintptr_t v, int64_t k_head, int64_t k_row, int64_t v_head, int64_t v_row,
-         int64_t capacity, uintptr_t lengths, int64_t heads, int64_t group, int64_t dim, bool bf16, int64_t position, int64_t start,
+         uintptr_t k_mask, uintptr_t v_mask, int64_t k_mask_head, int64_t v_mask_head, int64_t kept, int64_t capacity, uintptr_t lengths, int64_t heads, int64_t group, int64_t dim, bool bf16, int64_t position, int64_t start,
          int64_t window, uintptr_t positions, int64_t positions_head, uintptr_t bias, int64_t bias_head, float scale,
          float softcap, uintptr_t indices, uintptr_t counts, int64_t indices_row, int64_t listed, int64_t rows, int64_t page,
          uintptr_t out, uintptr_t lse, uintptr_t logits, int64_t logits_head) {
@@ -23,6 +23,11 @@ void bind_decode(nb::module_& m) {
         a.k_row = k_row;
         a.v_head = v_head;
         a.v_row = v_row;
+        a.k_mask = reinterpret_cast<const uint8_t*>(k_mask);
+        a.v_mask = reinterpret_cast<const uint8_t*>(v_mask);
+        a.k_mask_head = k_mask_head;
+        a.v_mask_head = v_mask_head;
+        a.kept = kept;
         a.capacity = capacity;
         a.lengths = reinterpret_cast<const int32_t*>(lengths);
         a.heads = heads;

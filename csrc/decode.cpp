@@ -78,6 +78,7 @@ class Worker {
   // Attention over one chunk. `result` gets {maximum, sum, weighted sum[D]} per query head; returns entries read.
   int64_t run(const Row& row, const Chunk& chunk, float* result) {
     row_ = &row;
+    head_ = row.head;
     k_ = static_cast<const T*>(a_.k) + row.head * a_.k_head;
     v_ = static_cast<const T*>(a_.v) + row.head * a_.v_head;
     const int64_t n = list_entries(row, chunk);
@@ -95,7 +96,7 @@ class Worker {
     // A block of rows, and behind it those that come next, the other phase's first ones among them. The
     // hardware's prefetcher follows a dense read better than prefetch instructions do, but not a list.
     const T* rows[BLOCK + AHEAD];
-    const T* const* ahead = row.listed ? rows + AHEAD : nullptr;
+    const T* const* ahead = row.listed && !a_.k_mask ? rows + AHEAD : nullptr;
     if (ahead) {
       const int first = point(rows, false, 0, std::min<int64_t>(AHEAD, n));
       for (int i = 0; i < first; ++i) prefetch_row(rows[i], dim_ * static_cast<int>(sizeof(T)));
@@ -155,6 +156,15 @@ class Worker {
     return to - entries_.data();
   }
 
+  // One row of packed values with its zeros, in this thread's buffer for row `slot` of a block.
+  const T* expanded(const T* base, int64_t stride, bool values, int64_t e, int slot) const {
+    const int bytes = dim_ / 8;
+    const uint8_t* mask = (values ? a_.v_mask + head_ * a_.v_mask_head : a_.k_mask + head_ * a_.k_mask_head) + e * bytes;
+    T* to = wide_ + slot * MAX_DIM;
+    expand_row(base + e * stride, static_cast<int>(a_.kept), mask, dim_, to);
+    return to;
+  }
+
   int64_t entry(int64_t i) const { return row_->listed ? entries_[static_cast<size_t>(i)] : first_ + i; }
 
   // Pointers to rows of K or V from entry i on and below `end`, and behind them to rows then..last - 1 of the
@@ -162,9 +172,10 @@ class Worker {
   // ever added for no entry: all other blocks of V are whole, and padded logits are overwritten.
   void point(const T** to, bool values, int64_t i, int64_t end, int64_t then, int64_t last) const {
     alignas(64) static const T zeros[MAX_DIM] = {};
-    const int all = row_->listed ? BLOCK + AHEAD : BLOCK;
+    const int all = row_->listed && !a_.k_mask ? BLOCK + AHEAD : BLOCK;
     int have = point(to, values, i, std::min(end, i + all));
-    have += point(to + have, !values, then, std::min(last, then + all - have));
+    // Expanded rows share one buffer: what comes next would overwrite what is read now.
+    if (!a_.k_mask) have += point(to + have, !values, then, std::min(last, then + all - have));
     for (int j = have; j < all; ++j) to[j] = zeros;
   }
 
@@ -173,7 +184,9 @@ class Worker {
     const T* base = values ? v_ : k_;
     const int64_t stride = values ? a_.v_row : a_.k_row;
     const int have = static_cast<int>(std::max<int64_t>(0, end - i));
-    if (row_->listed) {
+    if (a_.k_mask) {
+      for (int j = 0; j < have; ++j) to[j] = expanded(base, stride, values, entry(i + j), j);
+    } else if (row_->listed) {
       for (int j = 0; j < have; ++j) to[j] = base + entries_[static_cast<size_t>(i + j)] * stride;
     } else {
       for (int j = 0; j < have; ++j) to[j] = base + (first_ + i + j) * stride;
@@ -262,7 +275,8 @@ class Worker {
   std::vector<int32_t> entries_;
   const Row* row_ = nullptr;
   const T *k_ = nullptr, *v_ = nullptr;
-  int64_t first_ = 0;
+  int64_t first_ = 0, head_ = 0;
+  alignas(64) mutable T wide_[BLOCK * MAX_DIM];  // expanded rows of a block; touched only where there are masks
 };
 
 // One query head's partial results into its output.

@@ -10,6 +10,11 @@ struct DecodeArgs {
   const void* k;  // [H, C, D]; strides below, in elements; the last dimension is contiguous
   const void* v;
   int64_t k_head, k_row, v_head, v_row;
+  // Bit masks, [H, C, D / 8] bytes with the rows one after the other, or null. With them a row of k (v) holds
+  // the values of the elements whose bits are set, in order, and all other elements are zero.
+  const uint8_t *k_mask, *v_mask;
+  int64_t k_mask_head, v_mask_head;  // bytes
+  int64_t kept;                      // values of a row
   int64_t capacity;        // C
   const int32_t* lengths;  // [H]
   int64_t heads, group, dim;

@@ -90,6 +90,52 @@ inline void prefetch_row(const void* row, int bytes) {
   for (int i = 0; i < bytes; i += 64) __builtin_prefetch(at + i, 0, 2);
 }
 
+// ---------------------------------------------------------------- bit masks
+
+// Writes `dim` elements: the next packed value where a bit of the mask is set, zero elsewhere. Never reads behind
+// the `kept` values of the row.
+template <typename T>
+inline void expand_portable(const T* from, const uint8_t* mask, int dim, T* to) {
+  for (int d = 0; d < dim; ++d) {
+    const bool set = mask[d / 8] >> (d % 8) & 1;
+    to[d] = set ? *from : T{};
+    from += set;
+  }
+}
+
+#if WINNOW_ISA_avx512
+inline void expand_row(const float* from, int kept, const uint8_t* mask, int dim, float* to) {
+  const float* end = from + kept;
+  for (int d = 0; d < dim; d += 16) {
+    uint16_t bits;
+    std::memcpy(&bits, mask + d / 8, 2);
+    const auto n = static_cast<int>(end - from);
+    const __mmask16 there = n >= 16 ? 0xffff : static_cast<__mmask16>((1u << n) - 1);
+    _mm512_storeu_ps(to + d, _mm512_maskz_expand_ps(bits, _mm512_maskz_loadu_ps(there, from)));
+    from += __builtin_popcount(bits);
+  }
+}
+
+inline void expand_row(const bf16* from, int kept, const uint8_t* mask, int dim, bf16* to) {
+  const bf16* end = from + kept;
+  int d = 0;
+  for (; d + 32 <= dim; d += 32) {
+    uint32_t bits;
+    std::memcpy(&bits, mask + d / 8, 4);
+    const auto n = static_cast<int>(end - from);
+    const __mmask32 there = n >= 32 ? 0xffffffffu : (1u << n) - 1;
+    _mm512_storeu_si512(to + d, _mm512_maskz_expand_epi16(bits, _mm512_maskz_loadu_epi16(there, from)));
+    from += __builtin_popcount(bits);
+  }
+  if (d < dim) expand_portable(from, mask + d / 8, dim - d, to + d);
+}
+#else
+template <typename T>
+inline void expand_row(const T* from, int, const uint8_t* mask, int dim, T* to) {
+  expand_portable(from, mask, dim, to);
+}
+#endif
+
 // ---------------------------------------------------------------- portable
 
 // Queries of one pass, HEADS rows; absent heads are zero.

@@ -20,6 +20,7 @@ from winnow.methods.epicache import epicache
 from winnow.methods.gear import gear
 from winnow.methods.h2o import h2o
 from winnow.methods.lazy_eviction import lazy_eviction
+from winnow.methods.mustafar import mustafar
 from winnow.methods.pbs_attn import pbs_attn
 from winnow.methods.prefix_reuse import prefix_reuse
 from winnow.methods.quest import quest
@@ -193,6 +194,14 @@ METHODS: dict[str, Method] = {
             paper="arXiv 2403.05527",
             needs="time to decode what is read",
             saves="bytes stored and read: a third to a quarter, nearly without loss",
+        ),
+        Method(
+            name="mustafar",
+            make=mustafar,
+            stage="compression",
+            paper="arXiv 2505.22913",
+            needs="nothing",
+            saves="bytes stored and read: the smallest elements of every key and value",
         ),
         Method(
             name="prefix-reuse",

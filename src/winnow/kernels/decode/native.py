@@ -38,15 +38,21 @@ def decode(
     position: int,
     selection: Selection | None,
     want_logits: bool,
+    masks: tuple[Tensor, Tensor] | None = None,
 ) -> Partial:
-    """As :func:`winnow.kernels.decode.decode`; the operands passed :func:`unsupported`."""
+    """As :func:`winnow.kernels.decode.decode`; the operands passed :func:`unsupported`.
+
+    With ``masks`` (``[H, C, D / 8]`` uint8 for K and for V) the rows of the segment hold only the values
+    whose bits are set, as :func:`winnow.kernels.bitmap_decode.bitmap_decode` says.
+    """
     heads, dim = q_HD.shape
     k, v, lengths = segment.k, segment.v, _int32(segment.lengths, "lengths")
     kv_heads, capacity, _ = shape = k.shape
     group, rest = divmod(heads, kv_heads) if kv_heads else (0, heads)
     k_head, k_row, k_last = k.stride()
     v_head, v_row, v_last = v.stride()
-    if rest or shape[2] != dim or v.shape != shape or lengths.shape[0] != kv_heads:
+    size = dim if masks is None else shape[2]
+    if rest or shape[2] != size or v.shape != shape or lengths.shape[0] != kv_heads:
         raise ValueError(
             f"decode: queries {tuple(q_HD.shape)}, keys {tuple(shape)}, values {tuple(v.shape)} and lengths "
             f"{tuple(lengths.shape)} do not fit; pass [H * G, D], [H, C, D], [H, C, D] and [H]"
@@ -95,6 +101,11 @@ def decode(
         k_row,
         v_head,
         v_row,
+        0 if masks is None else masks[0].data_ptr(),
+        0 if masks is None else masks[1].data_ptr(),
+        0 if masks is None else masks[0].stride(0),
+        0 if masks is None else masks[1].stride(0),
+        k.shape[2],
         capacity,
         lengths.data_ptr(),
         kv_heads,

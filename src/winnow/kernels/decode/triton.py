@@ -60,13 +60,14 @@ def _fits(c: Any, call: Mapping[str, Any]) -> bool:
 )
 @triton.jit(do_not_specialize=["logits_head", "start", "position", "window"])
 def _split(
-    q, k, v, parts, parts_lse, logits_out, seen_out, lengths, positions, bias, indices, listed,
-    q_head, k_row, k_head, v_row, v_head, positions_head, bias_head, indices_row, logits_head,
-    start, position, scale, softcap, window,
+    q, k, v, k_mask, v_mask, parts, parts_lse, logits_out, seen_out,
+    lengths, positions, bias, indices, listed,
+    q_head, k_row, k_head, v_row, v_head, k_mask_head, v_mask_head,
+    positions_head, bias_head, indices_row, logits_head, start, position, scale, softcap, window,
     D: tl.constexpr, BLOCK_D: tl.constexpr, GROUP: tl.constexpr, BLOCK_G: tl.constexpr,
     ROWS_PER_KV: tl.constexpr, LISTED: tl.constexpr, PAGE: tl.constexpr, LONG: tl.constexpr,
     MODEL_WINDOW: tl.constexpr, POSITIONS: tl.constexpr, BIAS: tl.constexpr, SOFTCAP: tl.constexpr,
-    LOGITS: tl.constexpr, COUNT: tl.constexpr, BLOCK_N: tl.constexpr,
+    LOGITS: tl.constexpr, COUNT: tl.constexpr, MASKED: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Grid: (rows, splits). A row is a KV head, or a query head where each has its own list."""
     row = tl.program_id(0)
@@ -122,12 +123,22 @@ def _split(
         if COUNT:
             seen += live.to(tl.int32)
         far = entry.to(tl.int64)
-        tile_k = tl.load(
-            k + far[None, :] * k_row + d[:, None], mask=live[None, :] & (d < D)[:, None], other=0.0
-        )
-        tile_v = tl.load(
-            v + far[:, None] * v_row + d[None, :], mask=live[:, None] & (d < D)[None, :], other=0.0
-        )
+        column_k, there_k = d[:, None], live[None, :] & (d < D)[:, None]
+        column_v, there_v = d[None, :], live[:, None] & (d < D)[None, :]
+        if MASKED:
+            # A set bit's value stands behind as many others as there are bits before it.
+            bytes_k = tl.load(
+                k_mask + kv * k_mask_head + far[None, :] * (D // 8) + column_k // 8, mask=there_k, other=0
+            )
+            bytes_v = tl.load(
+                v_mask + kv * v_mask_head + far[:, None] * (D // 8) + column_v // 8, mask=there_v, other=0
+            )
+            bits_k = (bytes_k.to(tl.int32) >> (column_k % 8)) & 1
+            bits_v = (bytes_v.to(tl.int32) >> (column_v % 8)) & 1
+            column_k, there_k = tl.cumsum(bits_k, 0) - 1, there_k & (bits_k != 0)
+            column_v, there_v = tl.cumsum(bits_v, 1) - 1, there_v & (bits_v != 0)
+        tile_k = tl.load(k + far[None, :] * k_row + column_k, mask=there_k, other=0.0)
+        tile_v = tl.load(v + far[:, None] * v_row + column_v, mask=there_v, other=0.0)
         logits = tl.dot(tile_q, tile_k, input_precision="ieee") * scale
         if SOFTCAP:
             logits = soft_capped(logits, softcap)
@@ -210,8 +221,11 @@ def decode(
     position: int,
     selection: Selection | None,
     want_logits: bool,
+    masks: tuple[Tensor, Tensor] | None = None,
 ) -> Partial:
     """As :func:`winnow.kernels.decode.decode`, on the device of the queries.
+
+    With ``masks`` the rows are packed, as :func:`winnow.kernels.bitmap_decode.bitmap_decode` says.
 
     ``pairs`` costs nothing where positions are consecutive and everything, or a list of entries
     with counts on the CPU, is read. Elsewhere the kernel counts, and reading its count waits for
@@ -239,12 +253,15 @@ def decode(
         listed = on_device(selection.counts, device, torch.int32)
     positions, bias = segment.positions, segment.bias
     some = parts_lse  # stands in for absent operands
+    k_mask, v_mask = (None, None) if masks is None else masks
     queries_per_row = heads // rows
     _split[(rows, splits)](
-        q_HD, segment.k, segment.v, parts, parts_lse, ptr(logits, some), ptr(seen, some),
+        q_HD, segment.k, segment.v, ptr(k_mask, some), ptr(v_mask, some),
+        parts, parts_lse, ptr(logits, some), ptr(seen, some),
         on_device(segment.lengths, device, torch.int32), ptr(positions, some), ptr(bias, some),
         ptr(indices, some), ptr(listed, some),
         q_HD.stride(0), segment.k.stride(1), segment.k.stride(0), segment.v.stride(1), segment.v.stride(0),
+        0 if k_mask is None else k_mask.stride(0), 0 if v_mask is None else v_mask.stride(0),
         0 if positions is None else positions.stride(0), 0 if bias is None else bias.stride(0),
         0 if indices is None else indices.stride(0), longest,
         segment.start, position, spec.scale, spec.softcap or 0.0, spec.window or 0,
@@ -253,6 +270,7 @@ def decode(
         LISTED=selection is not None, PAGE=1 if selection is None else selection.page, LONG=most > 16384,
         MODEL_WINDOW=spec.window is not None, POSITIONS=positions is not None, BIAS=bias is not None,
         SOFTCAP=spec.softcap is not None, LOGITS=want_logits, COUNT=seen is not None,
+        MASKED=masks is not None,
     )  # fmt: skip
     _merge[(heads, triton.cdiv(D, MERGE_D))](
         parts, parts_lse, out_HD, lse_H, splits, D=D, SPLITS=next_power_of_2(splits), BLOCK_D=MERGE_D

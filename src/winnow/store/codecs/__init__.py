@@ -11,6 +11,7 @@ from winnow.store.codecs.int2 import Int2
 from winnow.store.codecs.int4 import Int4
 from winnow.store.codecs.int8 import Int8
 from winnow.store.codecs.low_rank import LowRank
+from winnow.store.codecs.mustafar import Mustafar
 from winnow.store.codecs.protocol import ENTRIES, Codec, Decoded, Plane, bytes_per_entry
 from winnow.store.codecs.raw import Raw
 from winnow.store.codecs.separable import Separable
@@ -35,6 +36,7 @@ CODECS: dict[str, Codec] = {codec.name: codec for codec in (Raw(), Int8(), Int4(
 FAMILIES: dict[str, Callable[[int], Codec]] = {
     "thin": Thin,
     "separable": Separable,
+    "mustafar": Mustafar,
     "gear4": lambda rank: Gear(4, rank),
     "gear2": lambda rank: Gear(2, rank),
     "gear-l4": lambda rank: Gear(4, rank, outliers=False),
