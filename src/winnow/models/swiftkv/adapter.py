@@ -5,12 +5,10 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from winnow.models import embedded
 from winnow.models.fused import FusedModel
 from winnow.models.stack import LlamaStack
 from winnow.profiles import load_profile
@@ -47,15 +45,14 @@ class Adapter:
 
     @classmethod
     def load(cls, path: str, *, model: str) -> Adapter:
-        """Read a file; ``"embedded"`` is the one that ships.
+        """Read what :meth:`profile` gave to a file.
 
         Raises
         ------
         ValueError
             If it is not there, is something else, or was made for another model.
         """
-        file = embedded.path().parent / "swiftkv.safetensors" if path == "embedded" else Path(path)
-        profile = load_profile(file, model=model)
+        profile = load_profile(path, model=model)
         if profile.kind != KIND:
             raise ValueError(
                 f"{path} is a profile of kind {profile.kind!r}, not of {KIND!r}; give an adapter"
