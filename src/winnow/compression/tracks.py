@@ -26,14 +26,21 @@ class Tracks:
         self._tables: dict[int, Tensor] = {}
         self._lengths: dict[int, list[int]] = {}
 
-    def of(self, layer: int, lengths: Tensor) -> Tensor:
+    def of(self, layer: int, lengths: Tensor, *, new: float | None = None) -> Tensor:
         """The numbers of a layer whose heads hold ``lengths`` (``[H]``) entries now.
+
+        Parameters
+        ----------
+        layer : int
+        lengths : Tensor
+        new : float, optional
+            Value that entries get which came since the last call; ``fill`` by default.
 
         Returns
         -------
         Tensor
-            ``[H, S]`` to read and to write in place, ``S`` the longest head. Entries that are new
-            have ``fill``, and so has what lies behind the end of a shorter head.
+            ``[H, S]`` to read and to write in place, ``S`` the longest head. What lies behind the end of
+            a shorter head has ``fill``.
         """
         held, longest = lengths.tolist(), int(lengths.max())
         table = self._tables.get(layer)
@@ -42,9 +49,16 @@ class Tracks:
             if table is not None:
                 wider[:, : table.shape[1]] = table
             self._tables[layer] = table = wider
-        assert all(a <= b for a, b in zip(self._lengths.get(layer, held), held, strict=True)), (
+        before = self._lengths.get(layer, [0] * len(held))
+        assert all(a <= b for a, b in zip(before, held, strict=True)), (
             "entries went without the tracks being told"
         )
+        if new is not None:
+            if len(set(before)) == len(set(held)) == 1:  # heads of one length together
+                table[:, before[0] : held[0]] = new
+            else:
+                for row, a, b in zip(table, before, held, strict=True):
+                    row[a:b] = new
         self._lengths[layer] = held
         return table[:, :longest]
 

@@ -182,7 +182,8 @@ class StepAttention:
                 partials.append(partial)
                 seen.append(partial.logits)
             if want_logits:
-                logits.append(torch.cat([x for x in seen if x is not None], -1))
+                known = [x for x in seen if x is not None]
+                logits.append(known[0] if len(known) == 1 else torch.cat(known, -1))
         if loading is not None and view.want_logits:
             loading.observe(ctx, logits, sequence.loading_state)
         partial = _with_sinks(merge(partials), spec)

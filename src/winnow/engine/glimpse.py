@@ -58,7 +58,7 @@ def decode_glimpse(
     partial: Partial,
 ) -> Glimpse:
     """The mass of one decode step; ``logits`` are ``[H * G, S]`` per segment, ``-inf`` where not read."""
-    parts = [torch.exp(one - partial.lse[0, :, None]) for one in logits]
+    parts = [(one - partial.lse[0, :, None]).exp_() for one in logits]
     return _glimpse(layer, False, torch.tensor([position], dtype=torch.int32), segments, parts)
 
 

@@ -10,27 +10,30 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 __all__ = ["PRESETS", "random_model"]
 
-# The shape of Llama 3.2 1B, and something that runs in a test.
-PRESETS: dict[str, dict[str, Any]] = {
-    "1b": {
-        "hidden_size": 2048,
-        "intermediate_size": 8192,
-        "num_hidden_layers": 16,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "head_dim": 64,
-        "vocab_size": 128256,
-        "max_position_embeddings": 131072,
-        "rope_parameters": {
-            "rope_type": "llama3",
-            "rope_theta": 500000.0,
-            "factor": 32.0,
-            "low_freq_factor": 1.0,
-            "high_freq_factor": 4.0,
-            "original_max_position_embeddings": 8192,
-        },
-        "tie_word_embeddings": True,
+_1B: dict[str, Any] = {
+    "hidden_size": 2048,
+    "intermediate_size": 8192,
+    "num_hidden_layers": 16,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 64,
+    "vocab_size": 128256,
+    "max_position_embeddings": 131072,
+    "rope_parameters": {
+        "rope_type": "llama3",
+        "rope_theta": 500000.0,
+        "factor": 32.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
     },
+    "tie_word_embeddings": True,
+}
+
+# The shape of Llama 3.2 1B, its attention with next to no other weights, and something that runs in a test.
+PRESETS: dict[str, dict[str, Any]] = {
+    "1b": _1B,
+    "1b-attention": _1B | {"hidden_size": 64, "intermediate_size": 64, "vocab_size": 256},
     "tiny": {
         "hidden_size": 64,
         "intermediate_size": 160,
@@ -56,8 +59,9 @@ def random_model(
 
     Parameters
     ----------
-    preset : {"1b", "tiny"}
-        ``1b``: 16 layers, hidden 2048, 32 query and 8 KV heads of 64, 1.24 billion weights.
+    preset : {"1b", "1b-attention", "tiny"}
+        ``1b``: 16 layers, hidden 2048, 32 query and 8 KV heads of 64, 1.24 billion weights;
+        ``1b-attention``: the same layers and heads around a hidden size of 64.
     seed : int
         Equal seeds give equal weights.
     dtype : torch.dtype

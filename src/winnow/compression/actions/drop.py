@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from winnow.compression.protocol import Plain
+from winnow.kernels.top_k import top_k
 from winnow.types import Budget, Observation, Plan, Scores
 
-__all__ = ["Drop", "kept"]
+__all__ = ["Drop", "kept", "kept_of_head"]
 
 
 def kept(scores: Scores, budget: Budget) -> tuple[Tensor, ...] | None:
@@ -32,34 +34,37 @@ def kept(scores: Scores, budget: Budget) -> tuple[Tensor, ...] | None:
     lengths, entries = scores.lengths.tolist(), budget.entries.tolist()
     if all(n <= room for n, room in zip(lengths, entries, strict=True)):
         return None
-    return tuple(
-        _kept_of_head(scores.value[h, :n], scores.protected[h, :n], min(n, room))
-        for h, (n, room) in enumerate(zip(lengths, entries, strict=True))
-    )
-
-
-def _kept_of_head(value_S: Tensor, protected_S: Tensor, room: int) -> Tensor:
-    free = room - int(protected_S.sum())
-    if free < 0:
-        raise ValueError(
-            f"{room - free} entries of a head are protected but its budget is {room}; "
-            f"raise the budget or protect fewer"
-        )
-    if bool(value_S.isnan().any()):
+    rooms = [min(n, room) for n, room in zip(lengths, entries, strict=True)]
+    valid_HS = torch.arange(scores.value.shape[1], device=scores.value.device) < scores.lengths.to(
+        scores.value.device
+    ).unsqueeze(1)
+    stays_HS = scores.protected & valid_HS
+    if bool((scores.value.isnan() & valid_HS).any()):
         raise ValueError("a score is NaN, so there is no order to keep by; check the model's weights for NaN")
-    stays_S = protected_S.clone()
-    if free:
-        open_S = (~protected_S).nonzero().flatten()
-        open_value_S = value_S[open_S]
-        if free >= open_S.numel():
-            stays_S[open_S] = True
-        else:
-            limit = open_value_S.topk(free).values[-1]
-            above_S = open_value_S > limit
-            stays_S[open_S[above_S]] = True
-            at_limit = open_S[open_value_S == limit]
-            stays_S[at_limit[at_limit.numel() - (free - int(above_S.sum())) :]] = True
-    return stays_S.nonzero().flatten()
+    free = [room - held for room, held in zip(rooms, stays_HS.sum(1).tolist(), strict=True)]
+    for room, left in zip(rooms, free, strict=True):
+        if left < 0:
+            raise ValueError(
+                f"{room - left} entries of a head are protected but its budget is {room}; "
+                f"raise the budget or protect fewer"
+            )
+    open_HS = scores.value.masked_fill(stays_HS, -torch.inf)
+    best, counts = top_k(open_HS, scores.lengths, torch.tensor(free, dtype=torch.int32))
+    for h, (n, room, left, found) in enumerate(zip(lengths, rooms, free, counts.tolist(), strict=True)):
+        if found == left:
+            stays_HS[h, best[h, :found].long()] = True
+        else:  # fewer finite scores than there is room for
+            stays_HS[h, kept_of_head(scores.value[h, :n], scores.protected[h, :n], room)] = True
+    return torch.split(stays_HS.nonzero()[:, 1], rooms)
+
+
+def kept_of_head(value_S: Tensor, protected_S: Tensor, room: int) -> Tensor:
+    """The same of one head, by sorting; ``room`` is at least the protected entries."""
+    free = room - int(protected_S.sum())
+    open_S = (~protected_S).nonzero().flatten().flip(0)
+    # A stable sort of the latest first puts the latest of equal scores first.
+    order = value_S[open_S].sort(descending=True, stable=True).indices[:free]
+    return torch.cat([protected_S.nonzero().flatten(), open_S[order]]).sort().values
 
 
 @dataclass(frozen=True, kw_only=True)

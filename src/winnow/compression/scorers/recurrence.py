@@ -71,16 +71,15 @@ class Recurrence(Plain):
     def watch(self, seen: Glimpse, state: RecurrenceState) -> None:
         """Note which entries were active in a decode step."""
         t, heads = int(seen.positions[-1]), seen.lengths.numel()
-        share_HS = seen.mass.view(heads, -1, seen.mass.shape[1]).mean(1).cpu()
-        active_HS, pause_HS = (
-            state.active.of(seen.layer, seen.lengths),
-            state.pause.of(seen.layer, seen.lengths),
-        )
-        # -1: nobody looked yet. The entries are the prompt's, or the one that this step appended.
-        active_HS.masked_fill_(active_HS < 0, t - 1)
-        now_HS = torch.where(share_HS >= self.alpha, t, active_HS)
-        torch.maximum(pause_HS, now_HS - active_HS, out=pause_HS)
-        active_HS.copy_(now_HS)
+        total_HS = seen.mass.view(heads, -1, seen.mass.shape[1]).sum(1).cpu()
+        group = seen.mass.shape[0] // heads
+        # Nobody looked at new entries yet: they are the prompt's, or the one that this step appended.
+        active_HS = state.active.of(seen.layer, seen.lengths, new=t - 1)
+        pause_HS = state.pause.of(seen.layer, seen.lengths)
+        # Few entries are active in a step: the others are not touched.
+        now = (total_HS >= self.alpha * group).nonzero(as_tuple=True)
+        pause_HS[now] = torch.maximum(pause_HS[now], t - active_HS[now])
+        active_HS[now] = t
 
     def follow(self, layer: int, keep: Sequence[Tensor], state: RecurrenceState) -> None:
         """Both numbers follow their entries."""
@@ -91,8 +90,8 @@ class Recurrence(Plain):
         """Importance at the present step."""
         lengths = seen.segment.lengths
         t = seen.tokens - 1
-        active_HS, pause_HS = (one.of(seen.layer, lengths).float() for one in (state.active, state.pause))
-        since_HS = t - torch.where(active_HS < 0, t - 1.0, active_HS)
+        since_HS = t - state.active.of(seen.layer, lengths, new=t - 1).float()
+        pause_HS = state.pause.of(seen.layer, lengths).float()
         value_HS = 2 * torch.sigmoid(-1 - since_HS / (pause_HS + 1e-5))
         value_HS += torch.where(pause_HS > 0, 2 * torch.sigmoid(1 - pause_HS), 0.0)
         protected_HS = torch.zeros_like(value_HS, dtype=torch.bool)
