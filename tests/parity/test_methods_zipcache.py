@@ -175,3 +175,12 @@ def test_bytes_are_saved_in_memory_not_on_paper() -> None:
     tables = 7 + 1 + 1  # planes, which rows a page reads, positions
     assert exact <= after <= exact + HEADS * 2 * tables * PAGE + n // ENTRIES * 4 * HEADS
     assert after < 0.3 * before
+
+
+def test_two_grades_of_the_same_bits_are_one_form() -> None:
+    q, k, v = streams(330, heads=HEADS, group=GROUP)
+    (step,) = drive(load("zipcache", high=8, low=8, recent=40, random=30), q, k, v, prompt=330)
+    assert step.positions == [list(range(330))] * HEADS
+    error = (step.k[0] - k[:, 0]).abs()
+    assert 0 < error[:320].max() < 0.03
+    assert error[320:].max() == 0

@@ -40,6 +40,7 @@ class Grade(Plain):
     the store: in every head the lowest scores go to ``low``, the others to ``high``, so that of all
     entries graded so far ``percent`` are low, to half a page. Of equal scores, the later is high.
     A grade is for good: nothing is encoded twice. What fills no page waits for the next time.
+    After a sequence was rolled back, entries that take the place of graded ones stay as computed.
 
     Source: ZipCache (arXiv 2405.14256), ``zipcache/models/modeling_llama.py``.
 
@@ -76,7 +77,8 @@ class Grade(Plain):
         keep, heads = kept(scores, budget), segment.heads
         end = state.end.setdefault(layer, [0] * heads)
         of_low, of_all = state.low.setdefault(layer, [0] * heads), state.all.setdefault(layer, [0] * heads)
-        grades: dict[str, list[torch.Tensor]] = {self.high: [], self.low: []}
+        lows: list[torch.Tensor] = []
+        highs: list[torch.Tensor] = []
         for head, n in enumerate(scores.lengths.tolist()):
             stays = torch.arange(n) if keep is None else keep[head]
             where = segment.positions_of(head).cpu()[stays]
@@ -94,13 +96,11 @@ class Grade(Plain):
                 of_all[head] += len(fresh)
             else:
                 low = high = fresh
-            if self.high == self.low:
-                low, high = fresh[:0], fresh
-            grades[self.low].append(low)
-            grades[self.high].append(high)
+            lows.append(low)
+            highs.append(high)
         demote = tuple(
-            Demotion(entries=tuple(lists[:heads]), codec=codec)
-            for codec, lists in grades.items()
+            Demotion(entries=tuple(lists), codec=codec)
+            for codec, lists in ((self.low, lows), (self.high, highs))
             if any(map(len, lists))
         )
         return Plan(keep=keep, demote=demote)
