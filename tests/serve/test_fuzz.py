@@ -33,7 +33,7 @@ def test_every_operation_keeps_its_word(server):
 
         @given(case=operation.as_strategy())
         @settings(
-            max_examples=40,
+            max_examples=25,
             deadline=None,
             phases=(Phase.generate,),
             derandomize=True,

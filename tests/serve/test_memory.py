@@ -12,7 +12,9 @@ import torch
 
 from winnow.engine.engine import Engine
 from winnow.engine.request import SamplingParams
-from winnow.methods import load
+from winnow.methods import load, rows
+from winnow.models.load import load_model
+from winnow.models.swiftkv.model import transformed
 from winnow.recipe import Recipe
 
 RECIPES = {
@@ -57,6 +59,33 @@ def test_a_suspended_request_goes_on_as_if_nothing_had_been(model, tmp_path, nam
         drained(engine)
         assert engine.bytes_held() == 0
         return result.token_ids, result.samples[0].logprobs, other.token_ids
+
+    assert run(True) == run(False)
+
+
+# Need a profile that a model makes for itself first.
+PROFILED = {"razor-attention", "epicache"}
+
+
+@pytest.mark.parametrize("name", [row["name"] for row in rows() if row["name"] not in PROFILED])
+def test_every_method_survives_a_suspension(module, tmp_path, name):
+    torch.manual_seed(0)
+    config = type(module.config)(**{**module.config.to_dict(), "num_hidden_layers": 4})
+    recipe = load(name)
+    model = transformed(load_model(type(module)(config).eval())[0], recipe.generation)
+    params = SamplingParams(max_new_tokens=8, ignore_eos=True, logprobs=0)
+
+    def run(interrupted: bool) -> tuple[list[int], object]:
+        engine = Engine(model, recipe)
+        result = engine.submit(prompt(600, 1), params)
+        for _ in range(3):
+            engine.step()
+        if interrupted:
+            engine.suspend(result, tmp_path)
+            assert engine.bytes_held() == 0
+            engine.resume(result)
+        drained(engine)
+        return result.token_ids, result.samples[0].logprobs
 
     assert run(True) == run(False)
 

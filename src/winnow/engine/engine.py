@@ -617,7 +617,7 @@ class Engine:
         """Leading tokens that :meth:`submit` would find in the pool now."""
         if self.pool is None:
             return 0
-        match = self._match(self.pool, tokens, salt)
+        match = self._match(self.pool, tokens[: self._reusable(len(tokens)) + 1], salt)
         self.pool.release(match)
         return match.length
 
