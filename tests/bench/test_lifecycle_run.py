@@ -272,6 +272,26 @@ def test_a_finished_run_is_not_repeated_and_not_overwritten(small, llm):
 
 
 @pytest.mark.slow
+def test_dropping_for_the_first_question_fails_on_later_ones(llm, tmp_path):
+    """SCBench's finding, on the model that ships: the same share of entries kept, or read of all."""
+    recipes = ["snapkv:keep=128", "streaming-llm:sinks=4,recent=124", "sparse-read"]
+    config = default(tasks=["kv", "many-shot"], lengths=[1024], examples=2, turns=4, recipes=recipes)
+    summary = run(config, tmp_path, llm=llm)
+    right = {
+        (row["system"], row["mode"]): [row["scores"]["part"][part]["mean"] for part in ("first", "later")]
+        for row in summary["rows"]
+    }
+    full, snapkv, streaming, sparse = (right[name, "multi-turn"] for name in ("full", *recipes))
+    assert full == sparse == [1.0, 1.0]
+    assert snapkv[0] >= 0.75, "the first question is known when entries are dropped"
+    assert snapkv[1] <= 0.5, "the later ones are not"
+    assert streaming[0] <= 0.5, "a static rule does not know the first question either"
+    for name in ("full", "sparse-read"):
+        assert right[name, "multi-request"] == [1.0, 1.0]
+    assert max(right["snapkv:keep=128", "multi-request"]) <= 0.5, "no question is known"
+
+
+@pytest.mark.slow
 def test_a_killed_run_goes_on_where_it_stopped(small, tmp_path):
     """A real kill -9 while it works, and the torn line that a power cut would leave."""
     arguments = ["--tasks", "kv,many-shot", "--lengths", "512", "--examples", "1", "--turns", "2"]

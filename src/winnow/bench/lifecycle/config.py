@@ -169,7 +169,7 @@ def default(model: str = "embedded", **changes: Any) -> Config:
         "form": form,
         "tasks": () if changes.get("data") else tuple(t.name for t in TASKS.values() if form in t.forms),
         "lengths": (1024, 2048, 4096) if form == "embedded" else (4096, 16384),
-        "examples": 2,
+        "examples": 3,
         "turns": 4,
     }
     given = {name: tuple(v) if isinstance(v, list) else v for name, v in changes.items() if v is not None}
