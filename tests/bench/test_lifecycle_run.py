@@ -397,6 +397,26 @@ def test_published_data_runs_beside_the_tasks(llm, tmp_path):
 # ---------------------------------------------------------------------- peers
 
 
+def stand_in(directory):
+    """An interpreter that knows the protocol and answers nothing right, in place of an installed kvpress."""
+    program = directory / "python"
+    program.write_text(
+        f"""#!{sys.executable}
+import json, sys
+json.loads(sys.stdin.readline())
+print(json.dumps({{"versions": {{}}, "nominal": 0.5, "note": "a stand-in"}}), flush=True)
+for line in sys.stdin:
+    op = json.loads(line)["op"]
+    reply = dict(text="?", finish_reason="stop", tokens_computed=1, tokens_reused=0, tokens_generated=2,
+                 time_to_first_token=0.1, decode_seconds=0.1, bytes_stored={{"host/bfloat16": 10}})
+    print(json.dumps({{"ok": reply if op in ("ask", "read") else None}}), flush=True)
+""",
+        encoding="utf-8",
+    )
+    program.chmod(0o755)
+    return str(program)
+
+
 def test_a_missing_peer_is_reported_as_missing(llm, tmp_path):
     config = default(
         **{**SMALL, "tasks": ["kv"], "modes": ["multi-turn"]}, recipes=[], peers=["kvpress:SnapKVPress@0.5"]
@@ -411,6 +431,10 @@ def test_a_missing_peer_is_reported_as_missing(llm, tmp_path):
     for table in live.table(summary):
         console.print(table)
     assert "missing" in console.export_text()
+    here = {"kvpress": stand_in(tmp_path)}
+    again = run(config, tmp_path / "run", llm=llm, pythons=here, resume=True)
+    assert [system["missing"] for system in again["systems"]] == [None, None], "it came in the resumed run"
+    assert {row["system"] for row in again["rows"]} == {"full", "kvpress:SnapKVPress@0.5"}
     with pytest.raises(ValueError, match="cannot read the peer"):
         run(default(**SMALL, peers=["vllm"]), tmp_path / "other", llm=llm)
 

@@ -117,6 +117,8 @@ def run(
         for unit in plan:
             asker.ask(unit, systems)
         for name in config.peers:
+            if all(_key(name, unit) in state.records for unit in plan):
+                continue  # done before an interruption
             try:
                 with peers.open_peer(name, llm, pythons=pythons or {}, room=room) as peer:
                     journal.write("peer", {"system": name, "about": peer.about})
@@ -234,8 +236,14 @@ def load(directory: Path) -> dict[str, Any]:
     config = Config.from_dict(lines[0]["config"])
     records = {r.key: r for r in map(ExampleRecord.from_dict, by_kind.get("example", []))}
     failures = {tuple(line["key"]): line["error"] for line in by_kind.get("failure", [])}
-    about = {line["system"]: line["about"] for line in by_kind.get("peer", [])}
-    missing = {line["system"]: line["reason"] for line in by_kind.get("missing", [])}
+    about: dict[str, dict[str, Any]] = {}
+    missing: dict[str, str] = {}
+    for line in lines:  # the last word counts: a peer can come, and go, in a resumed run
+        if line["kind"] == "peer":
+            about[line["system"]] = line["about"]
+            missing.pop(line["system"], None)
+        elif line["kind"] == "missing":
+            missing[line["system"]] = line["reason"]
     systems: list[dict[str, Any]] = []
     for name in config.systems:
         made = recipe(name)

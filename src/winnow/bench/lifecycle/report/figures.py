@@ -51,7 +51,8 @@ def kind_class(kind: str) -> str:
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]], *, caption: str) -> str:
     """A table whose first column names its rows; cells are text, not markup."""
-    return markup_table(head, [[escape(cell) for cell in row] for row in rows], caption=caption)
+    markup = [[label(row[0]), *(escape(cell) for cell in row[1:])] for row in rows]
+    return markup_table(head, markup, caption=caption)
 
 
 def markup_table(
