@@ -47,7 +47,7 @@ def think(*, percent: int = 40, keep: int = 0, recent: int = 32, window: int = 3
 
     Figures. Embedded model, 4096 tokens, six questions on each of six documents of ``winnow demo``:
     full attention 36 of 36 right, 25.4 MB stored, 25.3 MB read per step; ThinK 36 of 36, 20.9 MB and
-    20.8 MB. Shape of Llama 3.2 1B, 8192 entries: 268 MB stored becomes 219 MB. It saves bytes, not time,
+    20.8 MB. Shape of Llama 3.2 1B, 8192 entries: 268 MB stored becomes 220 MB. It saves bytes, not time,
     where arithmetic is the limit: one layer's decode attention over 8192 entries took 1.28 ms instead of
     1.21 ms on one busy core, since the kernel multiplies as many channels as before; with 32 of 64
     channels 1.18 ms.
