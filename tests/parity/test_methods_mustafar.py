@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from one_layer import drive, streams
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import winnow
+from tests.parity.one_layer import drive, streams
 from winnow.methods import load
 from winnow.store.codecs import bytes_per_entry, codec_named
 
