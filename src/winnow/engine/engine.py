@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
 
 import torch
 
@@ -15,11 +14,11 @@ from winnow.engine.attend import Slice, StepAttention
 from winnow.engine.probe import probe
 from winnow.engine.repair import Division, Repair
 from winnow.engine.request import Result, Sample, SamplingParams, Stats
+from winnow.engine.run import Event, Run, Suspended, TextStream
 from winnow.engine.sampling import generator, logprob_record, sample
 from winnow.engine.scheduler import Limits, share
 from winnow.engine.sequence import Holder, Sequence
 from winnow.engine.steer import Steer
-from winnow.engine.stopping import until_stop
 from winnow.kernels.backend import Backend
 from winnow.profiles import load_profile
 from winnow.recipe import Recipe
@@ -32,66 +31,6 @@ __all__ = ["Engine", "Event", "Progress", "TextStream"]
 
 # Called after every step with prompt tokens computed so far and in all, and tokens generated.
 Progress = Callable[[int, int, int], None]
-
-
-class TextStream(Protocol):
-    """Turns tokens into text one by one; a token may complete earlier bytes."""
-
-    def push(self, token: int) -> str:
-        """Text that became final with this token."""
-        ...
-
-    def finish(self) -> str:
-        """What was still held back."""
-        ...
-
-
-@dataclass(frozen=True, kw_only=True)
-class Event:
-    """One new token of one sample. ``text`` may be empty while bytes or a stop are open."""
-
-    result: Result
-    sample: Sample
-    token: int
-    text: str
-
-
-@dataclass(kw_only=True)
-class _Run:
-    """A sample that is being generated."""
-
-    result: Result
-    sample: Sample
-    params: SamplingParams
-    sequence: Sequence
-    keep: bool  # the sequence outlives the request (a session's)
-    submitted: float
-    stream: torch.Generator | None
-    words: TextStream | None
-    steer: Steer | None
-    siblings: list[_Run] = field(default_factory=list)  # samples that wait for this prompt
-    held: str = ""  # text that may be the beginning of a stop string
-    first_token_at: float = 0.0
-    prompt_end: int
-    begin: tuple[int, int, int]  # where a session's turn began, for Sequence.rollback
-    division: Division | None  # chunks to reuse before the first step
-
-    @property
-    def pending(self) -> int:
-        return len(self.sequence.tokens) - self.sequence.store.length
-
-    @property
-    def prompting(self) -> bool:
-        return self.sequence.store.length < self.prompt_end
-
-
-@dataclass(frozen=True)
-class _Suspended:
-    """A run whose entries are in a file."""
-
-    run: _Run
-    path: Path
-    bytes: int
 
 
 class Engine:
@@ -139,9 +78,9 @@ class Engine:
         self.profile: Profile | None = None
         if recipe.profile is not None:
             self.profile = load_profile(recipe.profile, model=model.fingerprint)
-        self._running: list[_Run] = []
-        self._waiting: list[_Run] = []
-        self._suspended: dict[int, list[_Suspended]] = {}  # by number of the result
+        self._running: list[Run] = []
+        self._waiting: list[Run] = []
+        self._suspended: dict[int, list[Suspended]] = {}  # by number of the result
         self._prompts: list[Sequence] = []  # read by several samples
 
     # ------------------------------------------------------------------ requests
@@ -217,7 +156,7 @@ class Engine:
         stats.tokens_computed = len(own.tokens) - own.store.length
         now = time.perf_counter()
         runs = [
-            _Run(
+            Run(
                 result=result,
                 sample=s,
                 params=params,
@@ -294,7 +233,7 @@ class Engine:
             self._start(self._waiting.pop(0))
         return self._step()
 
-    def _start(self, run: _Run) -> None:
+    def _start(self, run: Run) -> None:
         self._running.append(run)
         if self.repair is not None and run.division is not None:
             space = f"{self._namespace(run.sequence.salt)}/chunks"
@@ -315,14 +254,11 @@ class Engine:
             self.cancel(result)
 
     def _progress(self) -> tuple[int, int, int]:
-        done = total = generated = 0
-        for run in self._running:
-            total += run.prompt_end
-            done += min(run.sequence.store.length, run.prompt_end)
-            generated += len(run.sample.token_ids)
-        return done, total, generated
+        done = sum(min(run.sequence.store.length, run.prompt_end) for run in self._running)
+        total = sum(run.prompt_end for run in self._running)
+        return done, total, sum(len(run.sample.token_ids) for run in self._running)
 
-    def _shares(self, runs: list[_Run]) -> list[int]:
+    def _shares(self, runs: list[Run]) -> list[int]:
         generation = self.recipe.generation
         multiple = generation.chunk_multiple if generation is not None else 1
         block = self.recipe.compression.block if self.recipe.compression is not None else 0
@@ -331,7 +267,7 @@ class Engine:
     def _step(self) -> list[Event]:
         shares = self._shares(self._running)
         slices: list[Slice] = []
-        runs: list[_Run] = []
+        runs: list[Run] = []
         tokens: list[int] = []
         positions: list[int] = []
         rows: list[int] = []
@@ -382,7 +318,7 @@ class Engine:
                 row += 1
         return events
 
-    def _purity(self, run: _Run, part: Slice) -> None:
+    def _purity(self, run: Run, part: Slice) -> None:
         """Extend the leading stretch that depends on the tokens and the generation alone."""
         sequence, count = run.sequence, part.last - part.first
         exact = part.prompt or (self.recipe.loading is None and self.recipe.generation is None)
@@ -392,7 +328,7 @@ class Engine:
             tail = (self.recipe.generation.tail or 0) if self.recipe.generation and part.prompt else 0
             sequence.pure = max(sequence.pure, min(sequence.store.length, len(sequence.tokens) - tail))
 
-    def _prompt_done(self, run: _Run) -> None:
+    def _prompt_done(self, run: Run) -> None:
         sequence = run.sequence
         self._give(sequence)
         compression = sequence.compression
@@ -402,7 +338,7 @@ class Engine:
                 self._compress(run, prompt=True)
         sequence.turns += 1
 
-    def _chunk_done(self, run: _Run) -> None:
+    def _chunk_done(self, run: Run) -> None:
         compression = run.sequence.compression
         if compression is None or not compression.at_border(run.sequence.store.length):
             return
@@ -410,12 +346,12 @@ class Engine:
             self._give(run.sequence)
             self._compress(run, prompt=True)
 
-    def _decoded(self, run: _Run) -> None:
+    def _decoded(self, run: Run) -> None:
         compression = run.sequence.compression
         if compression is not None and compression.due(run.sequence.store.length):
             self._compress(run, prompt=False)
 
-    def _compress(self, run: _Run, *, prompt: bool) -> None:
+    def _compress(self, run: Run, *, prompt: bool) -> None:
         sequence = run.sequence
         assert sequence.compression is not None
         if prompt and sequence.probe and sequence.compression.recipe.needs.probe:
@@ -423,7 +359,7 @@ class Engine:
         sequence.compression.act(sequence.store, self.model, run.result.stats)
         sequence.pure, sequence.compressed = 0, sequence.store.length
 
-    def _fork(self, run: _Run) -> list[_Run]:
+    def _fork(self, run: Run) -> list[Run]:
         """Give the waiting samples of a request a share of the prompt that was computed."""
         if not run.siblings:
             return []
@@ -442,7 +378,7 @@ class Engine:
         self._prompts.remove(prompt)
         prompt.close()
 
-    def _draw(self, run: _Run, logits_V: torch.Tensor) -> Event:
+    def _draw(self, run: Run, logits_V: torch.Tensor) -> Event:
         now = time.perf_counter()
         got = run.sample
         bent_V = logits_V if run.steer is None else run.steer(logits_V, got.token_ids)
@@ -459,7 +395,7 @@ class Engine:
         stats.tokens_generated += 1
         ended = not run.params.ignore_eos and token in self.model.eos_token_ids
         text = "" if run.words is None or ended else run.words.push(token)
-        text, stopped = self._until_stop(run, text)
+        text, stopped = run.until_stop(text)
         if ended or stopped:
             got.finish_reason = "stop"
         elif (
@@ -470,22 +406,15 @@ class Engine:
         if got.finish_reason:
             if not stopped:
                 tail = "" if run.words is None else run.words.finish()
-                more, stopped = self._until_stop(run, tail)
+                more, stopped = run.until_stop(tail)
                 text += more + ("" if stopped else run.held)
             self._finish(run, now)
         got.text += text
         return Event(result=run.result, sample=got, token=token, text=text)
 
-    @staticmethod
-    def _until_stop(run: _Run, text: str) -> tuple[str, bool]:
-        if not run.params.stop:
-            return text, False
-        shown, run.held, stopped = until_stop(run.held + text, run.params.stop)
-        return shown, stopped
-
     # ------------------------------------------------------------------ ends
 
-    def _finish(self, run: _Run, now: float) -> None:
+    def _finish(self, run: Run, now: float) -> None:
         stats = run.result.stats
         stats.decode_seconds = max(stats.decode_seconds, now - run.first_token_at)
         for kind, held in run.sequence.bytes_stored().items():
@@ -495,7 +424,7 @@ class Engine:
         self._end_sequence(run)
 
     @staticmethod
-    def _end_sequence(run: _Run) -> None:
+    def _end_sequence(run: Run) -> None:
         if not run.keep:
             run.sequence.close()
 
@@ -513,12 +442,11 @@ class Engine:
 
     def bytes_stored(self) -> dict[str, int]:
         """The same by ``tier/codec``."""
-        held: dict[str, int] = {}
+        held: Counter[str] = Counter()
         for sequence in self._sequences():
-            for kind, count in sequence.bytes_stored().items():
-                if kind != "host/shared":
-                    held[kind] = held.get(kind, 0) + count
-        return held
+            held.update(sequence.bytes_stored())
+        del held["host/shared"]
+        return dict(held)
 
     def bytes_promised(self) -> int:
         """Bytes that the requests hold once every prompt and one more token are computed."""
@@ -561,7 +489,7 @@ class Engine:
                 path = directory / f"{result.number}-{run.sample.index}.kv"
                 held = run.sequence.suspend(path)
                 queue.remove(run)
-                self._suspended.setdefault(result.number, []).append(_Suspended(run, path, held))
+                self._suspended.setdefault(result.number, []).append(Suspended(run, path, held))
 
     def bytes_suspended(self, result: Result) -> int:
         """Bytes that :meth:`resume` takes."""
