@@ -17,6 +17,7 @@ from torch.nn.functional import linear, scaled_dot_product_attention
 
 from winnow.kernels.decode import decode
 from winnow.kernels.key_scan import Bits, KeyCodes, key_scan, quantize_keys
+from winnow.kernels.mass import mass
 from winnow.kernels.matvec import Int8Weight, matvec, quantize_weight
 from winnow.kernels.prefill import prefill
 from winnow.kernels.quantize import Axis, Quantized, dequantize, quantize
@@ -26,7 +27,7 @@ from winnow.types import AttentionSpec, Blocks, Dense, Form, Segment, Selection,
 
 __all__ = ["OPS", "Contender", "Group", "groups"]
 
-OPS = ("prefill", "decode", "key_scan", "top_k", "matvec", "quantize")
+OPS = ("prefill", "mass", "decode", "key_scan", "top_k", "matvec", "quantize")
 
 Versus = Literal["limit", "pytorch", "dense"]
 
@@ -167,12 +168,37 @@ def _prefill(tokens: int, dim: int) -> Group:
         ours("stripes, 10 %", _random_stripes(heads, tokens, 512, 10)),
         ours("window 64 + 1024", Window(init=64, local=1024)),
     )
+    lse_TH = prefill(q_THD, segment, spec=spec, query_positions=positions, backend="native").lse
+
+    def blocks_of_columns() -> object:
+        sums = torch.zeros(heads, tokens)
+        for n in range(heads):
+            k_SD = k_HCD[n // (heads // kv_heads)]
+            for first in range(0, tokens, 1024):
+                end = min(first + 1024, tokens)
+                logits = (q_THD[first:end, n] @ k_SD[:end].T).float().mul_(spec.scale)
+                sums[n, :end] += logits.sub_(lse_TH[first:end, n, None]).exp_().tril_(first).sum(0)
+        return sums
+
+    def columns() -> object:
+        return mass(q_THD, segment, spec=spec, query_positions=positions, lse=lse_TH, backend="native")
+
     return Group(
         name=f"prefill {tokens // 1024}K, D {dim}",
         limit="matrix product",
         contenders=(
             dense,
             *sparse,
+            # Products of queries and keys alone: half of the attention's.
+            Contender(
+                name="mass",
+                op="mass",
+                run=columns,
+                work=dense.work / 2,
+                baselines=("column sums of blocks",),
+                floors=(("limit", 0.75),),
+            ),
+            Contender(name="column sums of blocks", op="mass", run=blocks_of_columns, work=dense.work / 2),
             Contender(name="SDPA", op="prefill", run=sdpa, work=dense.work),
         ),
         config={"tokens": tokens, "query_heads": heads, "kv_heads": kv_heads, "head_size": dim},
@@ -446,7 +472,7 @@ def _both_ways(
 
 def groups(*, quick: bool, ops: tuple[str, ...]) -> Iterator[Callable[[], Group]]:
     """Builders of the groups that hold any of these operations; one is built at a time."""
-    if "prefill" in ops:
+    if {"prefill", "mass"} & set(ops):
         for tokens in (2048,) if quick else (8192, 16384):
             for dim in (64, 128):
                 yield partial(_prefill, tokens, dim)

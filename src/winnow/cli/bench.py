@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from winnow.cli import bench_lifecycle, show
+from winnow.cli import bench_attached, bench_lifecycle, show
 
 __all__ = ["bench_app", "demo"]
 
@@ -17,6 +17,7 @@ Out = Annotated[Path | None, typer.Option("--out", "-o", help="Write JSON (and a
 bench_app = typer.Typer(help="Measure, beside the machine's limits and fair baselines.", no_args_is_help=True)
 bench_app.command("lifecycle")(bench_lifecycle.lifecycle)
 bench_app.command("compare")(bench_lifecycle.compare)
+bench_app.command("attached")(bench_attached.attached)
 
 
 def demo(
