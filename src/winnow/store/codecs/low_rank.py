@@ -89,10 +89,12 @@ class LowRank:
             positions_HN = entries_HN + segment.start
         else:
             positions_HN = segment.positions[heads, entries_HN].long()
-        left = factors.left[positions_HN - factors.start]
-        k_HND = segment.turned((left @ factors.right).flatten(0, 1), positions_HN.flatten())
+        k_HND = torch.empty_like(v_HND)
+        for head, positions_N in enumerate(positions_HN):  # what one head needs stays in the cache
+            left_Nr = factors.left.index_select(0, positions_N - factors.start)
+            k_HND[head] = segment.turned(left_Nr @ factors.right[head], positions_N)
         return Segment(
-            k=k_HND.view(v_HND.shape).to(segment.dtype),
+            k=k_HND,
             v=v_HND,
             lengths=selection.counts.cpu() * CHUNK,
             positions=positions_HN.int(),
