@@ -83,6 +83,22 @@ def test_resuming_is_bit_identical(tmp_path):
     assert len(logs[0]) == TINY.steps
 
 
+def test_only_what_follows_the_last_attention_learns(tmp_path):
+    run = Run(tmp_path, TINY)
+    before = {name: weight.clone() for name, weight in run.model.state_dict().items()}
+    run.train()
+    changed = {name for name, weight in run.model.state_dict().items() if not weight.equal(before[name])}
+    last = f"model.layers.{run.model.config.num_hidden_layers - 1}"
+    assert changed == {
+        f"{last}.post_attention_layernorm.weight",
+        f"{last}.mlp.gate_proj.weight",
+        f"{last}.mlp.up_proj.weight",
+        f"{last}.mlp.down_proj.weight",
+        "model.norm.weight",
+        "lm_head.weight",
+    }
+
+
 def test_another_schedule_is_refused(tmp_path):
     Run(tmp_path, TINY).save()
     with pytest.raises(ValueError, match="another schedule"):
