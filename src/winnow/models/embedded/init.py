@@ -33,7 +33,8 @@ Four kinds of head serve one task each, and rest on the sink in the others:
   ending asked for, and takes the code of its second syllable; in a later layer *fetch* meets a
   token of that code and copies it.  The beginning itself *fetch* copies from the question.
 
-Other heads are *local* (the last few tokens, and the sink), free to learn.
+Other heads are *local* (the last few tokens, and the sink); they, the fourth offset head and all MLPs
+write nothing at the start.
 """
 
 from __future__ import annotations
@@ -214,7 +215,7 @@ def _slow_dimensions() -> Tensor:
 
 
 def _offsets(layer: Layer) -> None:
-    """Heads that carry what the last tokens were; the fourth looks back and is left to training."""
+    """Heads that carry what the last tokens were; the fourth looks back and writes nothing."""
     for head in range(4):
         circuits.look_back(layer, head, head + 1, circuits.OFFSET_WEIGHTS, circuits.OFFSET_SHARPNESS, LENGTH)
     for head, part in enumerate(BEFORE):

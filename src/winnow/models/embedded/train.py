@@ -1,5 +1,7 @@
 """Training of the embedded model, from its constructed start, on documents generated from seeds.
 
+Only what follows the last attention learns: the last MLP, the last norms and the head.
+
 Everything follows from `Schedule`: the step decides the stage, the stage and the seed decide the
 documents, so that a run that was stopped and resumed goes through the same numbers as one that was
 not.  No document of `documents.HELD_OUT` is ever made here.
