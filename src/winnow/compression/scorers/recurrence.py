@@ -76,10 +76,9 @@ class Recurrence(Plain):
         # Nobody looked at new entries yet: they are the prompt's, or the one that this step appended.
         active_HS = state.active.of(seen.layer, seen.lengths, new=t - 1)
         pause_HS = state.pause.of(seen.layer, seen.lengths)
-        # Few entries are active in a step: the others are not touched.
-        now = (total_HS >= self.alpha * group).nonzero(as_tuple=True)
-        pause_HS[now] = torch.maximum(pause_HS[now], t - active_HS[now])
-        active_HS[now] = t
+        now_HS = total_HS >= self.alpha * group
+        torch.maximum(pause_HS, (t - active_HS).mul_(now_HS), out=pause_HS)
+        active_HS.masked_fill_(now_HS, t)
 
     def follow(self, layer: int, keep: Sequence[Tensor], state: RecurrenceState) -> None:
         """Both numbers follow their entries."""
