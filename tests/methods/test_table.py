@@ -18,7 +18,9 @@ from winnow.recipe import STAGES, Recipe
 @pytest.mark.parametrize("name", METHODS)
 def test_every_method_decides_the_stage_it_says(name):
     recipe = load(name)
-    assert [stage for stage in STAGES if getattr(recipe, stage) is not None] == [METHODS[name].stage]
+    decides = [stage for stage in STAGES if getattr(recipe, stage) is not None]
+    # ShadowKV's form of the entries and its way of reading them make sense together only.
+    assert decides == (["compression", "loading"] if name == "shadowkv" else [METHODS[name].stage])
     assert recipe.name == name
     assert Recipe.from_yaml(recipe.to_yaml()) == recipe
 

@@ -34,13 +34,17 @@ def zipcache(
     ----------
     percent : int
         Entries of every KV head that get the fewer bits, of a hundred (``k_unimportant_ratio``).
-    high, low : {16, 8, 4, 2}
-        Bits of the two grades; 16 leaves entries as computed.
+    high : {16, 8, 4, 2}
+        Bits of the important entries; 16 leaves them as computed.
+    low : {16, 8, 4, 2}
+        Bits of the others.
     every : int
         Decode tokens between two gradings (``streaming_gap``, 100 in the code); until then new
         entries stay as computed.
-    recent, random : int
-        Probes: last prompt tokens and others, 5 % and 5 % of the prompt in the code.
+    recent : int
+        Probes at the end of the prompt (5 % of it in the code).
+    random : int
+        Probes elsewhere in it (5 %).
 
     Notes
     -----
