@@ -419,3 +419,19 @@ def test_later_turns_rebuild_every_key_and_files_bring_them_back(tmp_path: Path)
     with llm.load_session(tmp_path / "s.kv") as session:
         again = session.generate([1, 2], max_new_tokens=3, ignore_eos=True)
     assert again.token_ids == forked.token_ids
+
+
+def test_a_step_reads_rows_of_the_left_factor_from_memory_and_values_from_the_disk() -> None:
+    model = random_model("tiny", dtype=torch.float32)
+    heads, size, layers = 2, 16, 4
+    prompt = torch.randint(512, (700,), generator=torch.Generator().manual_seed(1)).tolist()
+    recipe = load("shadowkv", rank=12, outliers=4, local=2, keep=80)
+    stats = winnow.load(model, recipe=recipe).generate(prompt, max_new_tokens=4, ignore_eos=True).stats
+    begin = expected_partition(torch.randn(700, HEADS, SIZE), 4, 2)[0]
+    chunks, steps = begin // 8 - 4, 3
+    read, each = stats.bytes_read, steps * layers * heads
+    assert read["disk/low-rank:12"] == each * 80 * size * 4
+    assert read["host/low-rank:12"] == each * 80 * 12 * 4
+    whole = 700 - chunks * 8
+    assert read["host/raw"] == layers * heads * sum(whole + n for n in range(1, steps + 1)) * 2 * size * 4
+    assert read["host/index"] == each * (chunks * size + 12 * size) * 4

@@ -231,7 +231,8 @@ class StepAttention:
         stats.decode_score_entries += partial.pairs
         # One list serves its share of the query heads, which share each load.
         entries = partial.pairs * lists // partial.lse.shape[1]
-        _add(stats.bytes_read, f"{stored.tier}/{stored.codec}", entries * stored.bytes_per_entry)
+        for tier, size in stored.reads.items():
+            _add(stats.bytes_read, f"{tier}/{stored.codec}", entries * size)
 
 
 def _with_sinks(partial: Partial, spec: AttentionSpec) -> Partial:

@@ -91,6 +91,11 @@ class Segment:
         return 2 * self.k.shape[2] * self.k.element_size()
 
     @property
+    def reads(self) -> dict[Tier, int]:
+        """:attr:`bytes_per_entry` by the tier that they come from."""
+        return {self.tier: self.bytes_per_entry}
+
+    @property
     def nbytes(self) -> int:
         """Bytes of the valid entries."""
         return int(self.lengths.sum()) * self.bytes_per_entry

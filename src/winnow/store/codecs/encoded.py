@@ -89,6 +89,17 @@ class EncodedSegment:
         return int(size + -(-shared // entries))
 
     @cached_property
+    def reads(self) -> dict[Tier, int]:
+        """:attr:`bytes_per_entry` by the tier that they come from."""
+        if self.factors is None:
+            return {self.tier: self.bytes_per_entry}
+        left = self.factors.left
+        near: Tier = "host" if left.device.type == "cpu" else "device"
+        row = left.shape[1] * left.element_size()
+        rest = self.bytes_per_entry - row
+        return {near: self.bytes_per_entry} if near == self.tier else {near: row, self.tier: rest}
+
+    @cached_property
     def nbytes(self) -> int:
         """Bytes of the entries, with what a selector reads, and with factors once for all heads."""
         entries = int(self.lengths.sum())
