@@ -19,7 +19,9 @@ def lazy_eviction(*, keep: int = 1024, window: int = 128, alpha: float = 5e-4) -
     at hand, the formulas come from descriptions of it.
 
     Acts while decoding only, once per ``window`` tokens: a head that holds more than ``keep`` entries
-    goes back to ``keep``, the last ``window`` among them. Meant for long outputs.
+    goes back to ``keep``, the last ``window`` among them. Meant for long outputs: until the first cut
+    each step also watches everything there is. With 8192 entries that takes attention 1.6 times as long
+    as full attention's, and 0.6 times once 1024 are left (``winnow bench attached``, weights aside).
 
     Parameters
     ----------
