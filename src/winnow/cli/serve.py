@@ -11,6 +11,7 @@ import typer
 
 __all__ = ["serve"]
 
+_SHAPES = "256"
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
 
@@ -66,6 +67,10 @@ def serve(
     log_level: Annotated[str, typer.Option(help="debug, info, warning or error.")] = "info",
 ) -> None:
     """Serve a model under recipes, through OpenAI's interface; a live page is at /."""
+    # PyTorch keeps a compiled product for each of the last 1024 shapes, a megabyte apiece, and every
+    # step of a server is another shape. It reads these when it is imported.
+    for name in ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY"):
+        os.environ.setdefault(name, _SHAPES)
     try:
         import torch
 
