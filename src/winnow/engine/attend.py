@@ -172,8 +172,7 @@ class StepAttention:
                 _add(part.stats.bytes_read, "host/index", view.scanned)
         selections = view.selections or (None,) * len(segments)
         want_logits = view.want_logits or watching
-        partials = list(view.done)
-        part.stats.decode_score_entries += sum(p.pairs for p in partials)
+        partials: list[Partial] = []
         logits: list[Tensor] = []
         for segment, selection in zip(segments, selections, strict=True):
             seen = []

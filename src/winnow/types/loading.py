@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from winnow.types.attention import Partial, Selection
+from winnow.types.attention import Selection
 
 __all__ = ["EVERYTHING", "View"]
 
@@ -20,15 +20,12 @@ class View:
         appended is always among them.
     want_logits : bool
         Hand the scaled logits of this step to the selector's ``observe``.
-    done : tuple of Partial
-        Attention that the part computed itself, over entries that no selection lists.
     scanned : int
         Bytes of side data that were read to make this choice; they count as read.
     """
 
     selections: tuple[Selection | None, ...] | None = None
     want_logits: bool = False
-    done: tuple[Partial, ...] = ()
     scanned: int = 0
 
 
