@@ -46,7 +46,8 @@ def test_the_yaml_of_a_page_is_the_method(name):
 
 
 @pytest.mark.parametrize("page", MINE)
-def test_guide_runs(page, capsys):
+def test_guide_runs(page, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # a page may write files
     """The Python of a page, top to bottom, in one namespace; text blocks are what it prints."""
     space: dict[str, object] = {}
     for block in blocks(GUIDE / page, "python"):
