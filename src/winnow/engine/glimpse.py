@@ -57,8 +57,11 @@ def decode_glimpse(
     logits: Sequence[Tensor],
     partial: Partial,
 ) -> Glimpse:
-    """The mass of one decode step; ``logits`` are ``[H * G, S]`` per segment, ``-inf`` where not read."""
-    parts = [(one - partial.lse[0, :, None]).exp_() for one in logits]
+    """The mass of one decode step; ``logits`` are ``[H * G, S]`` per segment, ``-inf`` where not read.
+
+    The logits become the mass in place: they are megabytes per layer, and nobody reads them afterwards.
+    """
+    parts = [one.sub_(partial.lse[0, :, None]).exp_() for one in logits]
     return _glimpse(layer, False, torch.tensor([position], dtype=torch.int32), segments, parts)
 
 
