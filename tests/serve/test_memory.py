@@ -173,6 +173,27 @@ def test_growing_answers_preempt_the_youngest_and_all_end(start):
     assert not list(Path(server.worker._swap.name).iterdir())
 
 
+def test_where_the_disk_fails_only_the_preempted_fail(start):
+    server = start(kv_memory=5 << 18, prefix_caching=False)
+    Path(server.worker._swap.name).rmdir()
+    options = [{"model": "tiny", "prompt": prompt(20, i), "max_tokens": 400} for i in range(6)]
+
+    def ask(one: dict) -> int:
+        try:
+            server.client().completions.create(extra_body=BODY, **one)
+        except openai.APIStatusError as error:
+            return error.status_code
+        return 200
+
+    with concurrent.futures.ThreadPoolExecutor(6) as pool:
+        statuses = list(pool.map(ask, options))
+    assert set(statuses) == {200, 503}
+    assert server.worker.failure is None
+    server.idle()
+    assert server.worker.memory.held() == 0
+    assert ask(options[0]) == 200
+
+
 def test_what_can_never_fit_is_refused_at_once(start):
     server = start(kv_memory=1 << 20)
     begin = time.monotonic()

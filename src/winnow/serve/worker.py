@@ -350,7 +350,14 @@ class Worker:
 
     def _suspend(self, job: Job) -> None:
         assert job.result is not None
-        self.engines[job.recipe].suspend(job.result, Path(self._swap.name))
+        try:
+            self.engines[job.recipe].suspend(job.result, Path(self._swap.name))
+        except ValueError:
+            # The disk is full or gone. Memory is needed all the same, so this one has to end.
+            _log.exception("a preempted request could not be saved")
+            self.engines[job.recipe].cancel(job.result)
+            self._fail(job, ApiError(503, "out of KV memory and of disk; try again later", retry_after=5))
+            return
         self._running.remove(job)
         job.state = "suspended"
         job.preemptions += 1
