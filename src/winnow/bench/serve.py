@@ -29,13 +29,15 @@ from winnow.models.random import PRESETS
 
 __all__ = ["SERVERS", "draw", "launched", "run", "table"]
 
+_TIMEOUT = 3600.0
 SERVERS = ("winnow", "transformers", "transformers batching")
 
 
 def _command(name: str, model: Path, port: int, options: Sequence[str]) -> list[str]:
     if name == "winnow":
         program = "from winnow.cli import main; main()"
-        return [sys.executable, "-c", program, "serve", str(model), "--port", str(port), *options]
+        patient = ["--request-timeout", str(_TIMEOUT)]  # peers have no limit
+        return [sys.executable, "-c", program, "serve", str(model), "--port", str(port), *patient, *options]
     found = shutil.which("transformers", path=str(Path(sys.executable).parent)) or "transformers"
     # Its own default takes nine tenths of the machine for the cache, used or not.
     batching = ["--continuous-batching", "--cb-max-memory-percent", "0.25"] if "batching" in name else []
@@ -128,7 +130,7 @@ def _probe(
                 {"role": "user", "content": words(question, vocabulary, dice)},
             ]
             exchange = Exchange(conversation=-1, turn=repeat, begin=0.0)
-            serve_load.ask(port, model, messages, 2, exchange, 3600.0)
+            serve_load.ask(port, model, messages, 2, exchange, _TIMEOUT)
             if exchange.error:
                 return {"error": exchange.error}
             times[kind].append(exchange.first)
@@ -223,7 +225,7 @@ def run(
             with launched(command, port, log) as process:
                 warm = Exchange(conversation=-1, turn=0, begin=0.0)
                 hello = [{"role": "user", "content": "w20 w21 w22"}]
-                serve_load.ask(port, str(directory), hello, 2, warm, 3600.0)
+                serve_load.ask(port, str(directory), hello, 2, warm, _TIMEOUT)
                 found: dict[str, Any] = {"command": _shown(command, directory)}
                 found["probe"] = _probe(port, str(directory), prefix, question, vocabulary, repeats)
                 exchanges, seconds = serve_load.drive(port, str(directory), conversations)

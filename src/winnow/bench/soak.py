@@ -27,7 +27,7 @@ __all__ = ["check", "run"]
 _PROGRAM = (
     "import ctypes; ctypes.CDLL(None).prctl(15, b'winnow_soak', 0, 0, 0); from winnow.cli import main; main()"
 )
-_KV_MEMORY = 8 << 20  # tight: pools are trimmed and requests preempted all the time
+_KV_MEMORY = 5 << 19  # tight: the pool gives way all the time, and requests are preempted
 _PATIENCE = 300.0  # seconds within which everything must have ended
 
 
@@ -35,7 +35,7 @@ def _request(dice: random.Random, vocabulary: int, shared: str) -> tuple[str, di
     """A request of a random kind: path and body."""
     body: dict[str, Any] = {
         "model": "soak",
-        "max_tokens": dice.randint(1, 60),
+        "max_tokens": dice.choice([dice.randint(1, 40), dice.randint(1, 300)]),
         "temperature": dice.choice([0, 1.0]),
         "stream": dice.random() < 0.5,
         "cache_salt": dice.choice(["", "a", "b"]),
