@@ -274,7 +274,7 @@ def test_a_finished_run_is_not_repeated_and_not_overwritten(small, llm):
 @pytest.mark.slow
 def test_dropping_for_the_first_question_fails_on_later_ones(llm, tmp_path):
     """SCBench's finding, on the model that ships: the same share of entries kept, or read of all."""
-    recipes = ["snapkv:keep=128", "streaming-llm:sinks=4,recent=124", "sparse-read"]
+    recipes = ["snapkv:keep=64", "streaming-llm:sinks=4,recent=60", "sparse-read"]
     config = default(tasks=["kv", "many-shot"], lengths=[1024], examples=2, turns=4, recipes=recipes)
     summary = run(config, tmp_path, llm=llm)
     right = {
@@ -288,7 +288,7 @@ def test_dropping_for_the_first_question_fails_on_later_ones(llm, tmp_path):
     assert streaming[0] <= 0.5, "a static rule does not know the first question either"
     for name in ("full", "sparse-read"):
         assert right[name, "multi-request"] == [1.0, 1.0]
-    assert max(right["snapkv:keep=128", "multi-request"]) <= 0.5, "no question is known"
+    assert max(right["snapkv:keep=64", "multi-request"]) <= 0.5, "no question is known"
 
 
 @pytest.mark.slow
@@ -450,8 +450,10 @@ def test_transformers_as_a_peer_gives_the_same_answers(llm, tmp_path):
     ours, theirs = ([r for r in rows if r["system"] == name] for name in ("full", "hf:dynamic"))
     assert len(ours) == len(theirs) == 5
     for mine, peer in zip(ours, theirs, strict=True):
-        for name in ("checksum", "answer", "score", "tokens_computed", "tokens_reused", "tokens_generated"):
+        for name in ("checksum", "score", "tokens_computed", "tokens_reused", "tokens_generated"):
             assert mine[name] == peer[name]
+        # Winnow's text ends before the stop string; the peer's may hold it where it is all there is.
+        assert mine["answer"].strip() == peer["answer"].strip()
         # 6 layers, 4 heads, keys and values of 64 bf16 channels; the last token has no entry
         tokens = peer["tokens_computed"] + peer["tokens_reused"] + peer["tokens_generated"] - 1
         assert peer["bytes_stored"] == tokens * 6 * 4 * 2 * 64 * 2
@@ -469,8 +471,9 @@ def test_llama_cpp_as_a_peer_gives_the_same_answers(llm, tmp_path):
     rows = [dict(zip(columns, row, strict=True)) for row in summary["samples"]["rows"]]
     ours, theirs = ([r for r in rows if r["system"] == name] for name in ("full", "llama.cpp"))
     for mine, peer in zip(ours, theirs, strict=True):
-        for name in ("checksum", "answer", "score", "tokens_computed", "tokens_reused"):
+        for name in ("checksum", "score", "tokens_computed", "tokens_reused"):
             assert mine[name] == peer[name]
+        assert mine["answer"].strip() == peer["answer"].strip()
         assert 0 < peer["bytes_stored"] < 1.05 * mine["bytes_stored"]
 
 
