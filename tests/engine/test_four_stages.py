@@ -38,7 +38,9 @@ def test_at_its_limits_it_is_full_attention(module, oracle, batched):
     for _ in range(2):  # the second time from the pool
         results = llm.generate(prompts, max_new_tokens=5)
         assert [r.token_ids for r in results] == [oracle(p, 5) for p in prompts]
-    assert all(r.stats.tokens_reused >= 128 for r in results)
+    # The last 16 queries of a prompt vote, so they are computed: of 131 tokens whole blocks of 32 below 115.
+    reused = [r.stats.tokens_reused for r in results]
+    assert all(n >= least for n, least in zip(reused, (96, 128, 128), strict=True))
 
 
 def test_each_stage_saves_what_it_promises(module):
