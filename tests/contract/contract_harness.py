@@ -96,7 +96,7 @@ SAMPLES: dict[type, Sample] = {
     ),
     TriShape: Sample(TriShape(init=3, local=9, last=4), TriShape(init=0, local=9, last=10_000)),
     PermutedBlocks: Sample(
-        PermutedBlocks(block=4, segment=8, share=0.5), PermutedBlocks(block=4, segment=8, share=1.0)
+        PermutedBlocks(block=2, segment=12, share=0.5), PermutedBlocks(block=2, segment=12, share=1.0)
     ),
     SwiftKV: Sample(SwiftKV(layers=1, pattern=AShape(init=3, local=9)), SwiftKV(layers=1)),
     WindowAttention: Sample(WindowAttention(window=4, pool=3), WindowAttention(window=4, pool=1)),

@@ -24,10 +24,16 @@ from winnow.engine.session import Session
 from winnow.kernels.backend import extension
 from winnow.methods.adakv import adakv
 from winnow.methods.d2o import d2o
+from winnow.methods.gear import gear
 from winnow.methods.h2o import h2o
 from winnow.methods.lazy_eviction import lazy_eviction
+from winnow.methods.mustafar import mustafar
+from winnow.methods.quest import quest
+from winnow.methods.shadowkv import shadowkv
 from winnow.methods.snapkv import snapkv
 from winnow.methods.streaming_llm import streaming_llm
+from winnow.methods.think import think
+from winnow.methods.zipcache import zipcache
 from winnow.models.random import random_model
 from winnow.recipe import Recipe
 
@@ -46,6 +52,12 @@ CONTENDERS: dict[str, Recipe] = {
     "streaming-llm": streaming_llm(sinks=4, recent=_KEEP - 4, every=_EVERY),
     "snapkv": snapkv(keep=_KEEP),
     "adakv": adakv(keep=_KEEP),
+    "think": think(),
+    "mustafar": mustafar(),
+    "gear": gear(),
+    "zipcache": zipcache(),
+    "quest": quest(keep=_KEEP),
+    "shadowkv": shadowkv(keep=_KEEP),
 }
 
 
