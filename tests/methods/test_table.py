@@ -128,5 +128,5 @@ def test_errors_in_a_file_name_the_file(tmp_path):
 
 def test_recipes_take_no_parameters():
     with pytest.raises(ValueError, match="takes no parameters, keep given"):
-        load("keep-quarter", keep=5)
+        load("keep-128", keep=5)
     assert load(load("snapkv")) == load("snapkv")

@@ -20,7 +20,7 @@ from winnow.models.embedded import documents as docs
 __all__ = ["RECIPES", "TASKS", "reading", "run", "table"]
 
 # One that reads less, one that keeps less, and one that does something at all four stages.
-RECIPES = ("sparse-read", "keep-quarter", "four-stages")
+RECIPES = ("sparse-read", "keep-128", "four-stages")
 
 TASKS: dict[str, dict[str, Any]] = {
     "key-value": {"task": "key-value", "facts": 32},
