@@ -110,10 +110,11 @@ def find_rotary(
     found: list[Rotary | None] = []
     for layer in range(layers):
         keys_HND = walk.keys_values(layer, hidden_NK, positions)[0].transpose(0, 1).clone()
-        if torch.equal(keys_HND, keys_HND[:, :1].expand_as(keys_HND)):
+        from_zero_HND = keys_HND[:, :1].expand_as(keys_HND)
+        # Not bit by bit: a product that is shared by threads rounds equal rows differently.
+        if _distance(from_zero_HND, keys_HND) <= _TOLERANCE[dtype]:
             found.append(None)
             continue
-        from_zero_HND = keys_HND[:, :1].expand_as(keys_HND)
         tried = [
             (_distance(form.turn(from_zero_HND, positions), keys_HND), form)
             for form in _forms(known, head_dim)
