@@ -55,7 +55,7 @@ def test_native_kernels_that_the_loader_refuses(tmp_path: Path) -> None:
     suffix = importlib.machinery.EXTENSION_SUFFIXES[0]
     (tmp_path / f"_native{suffix}").write_bytes(b"built for another machine")
     # An editable install finds the extension before any path is looked at.
-    hide = "sys.meta_path[:] = [one for one in sys.meta_path if 'Editable' not in type(one).__name__]"
+    hide = "sys.meta_path[:] = [one for one in sys.meta_path if 'editable' not in type(one).__module__]"
     found = run(f"{hide}; winnow.__path__.insert(0, {str(tmp_path)!r})")
     expect(found, "cannot be loaded")
     assert str(tmp_path) in found[1][0]
