@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from tests.parity.one_layer import HalfSplit
 from torch import Tensor
 
 import winnow.compression
@@ -132,17 +133,6 @@ SAMPLES: dict[type, Sample] = {
     Landmarks: Sample(Landmarks(keep=6, chunk=2, raw=True), Landmarks(keep=10_000)),
     Tidal: Sample(Tidal(keep=7, dense_layers=1), Tidal(keep=10_000, dense_layers=1)),
 }
-
-
-class HalfSplit:
-    """Rotation of a small Llama: every pair of dimensions turns at its own rate."""
-
-    def turn(self, x: Tensor, by: Tensor) -> Tensor:
-        half = x.shape[-1] // 2
-        angle = by.double()[:, None] * 10_000.0 ** -(torch.arange(half).double() / half)
-        cos, sin = angle.cos().float(), angle.sin().float()
-        a, b = x[..., :half].float(), x[..., half:].float()
-        return torch.cat([a * cos - b * sin, b * cos + a * sin], -1).to(x.dtype)
 
 
 ROTARY = HalfSplit()

@@ -76,7 +76,3 @@ class Tracks:
                 table[h, :n] = table[h, known]
                 table[h, n : lengths[h]] = self._fill
             lengths[h] = n
-
-    def nbytes(self) -> int:
-        """Bytes held."""
-        return sum(table.numel() * table.element_size() for table in self._tables.values())

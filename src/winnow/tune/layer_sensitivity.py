@@ -8,13 +8,12 @@ import torch
 from torch import Tensor
 
 from winnow.kernels.prefill import prefill
-from winnow.store.sequence import SequenceStore
-from winnow.types import AttentionSpec, Dense, Form, LanguageModel, Profile, Window
+from winnow.tune.reading import Look, Reading
+from winnow.types import AttentionSpec, Dense, Form, LanguageModel, Partial, Profile, Window
 
 __all__ = ["KIND", "layer_sensitivity"]
 
 KIND = "layer-sensitivity"
-_CHUNK = 1024
 
 
 def layer_sensitivity(
@@ -59,59 +58,23 @@ def layer_sensitivity(
             f"most the {model.max_length} that {model.name} takes"
         )
 
-    def told(base: int) -> Callable[[int], None]:
-        return lambda done: progress(base + done, 2 * len(text)) if progress is not None else None
+    def attention(reading: Reading, form: Form) -> Look:
+        def look(layer: int, q_NHD: Tensor, at_N: Tensor, spec: AttentionSpec) -> Partial:
+            (segment,) = (one.decode() for one in reading.store.segments(layer))
+            return prefill(q_NHD, segment, spec=spec, query_positions=at_N, form=form)
 
+        return look
+
+    def told(base: int) -> Callable[[int, int], None]:
+        return lambda done, total: progress(base + done, 2 * total) if progress is not None else None
+
+    tokens_T = torch.tensor(list(text))
     local = Window(init=sinks, local=window, align=window // 2)
-    with _Run(model, text, Dense()) as full, _Run(model, text, local) as near:
-        full.read(told(0))
-        near.read(told(len(text)))
-        cosine = [
-            float(torch.cosine_similarity(full.keys(layer).float(), near.keys(layer).float(), dim=-1).mean())
-            for layer in range(model.layers)
-        ]
+    with Reading(model, len(text)) as full, Reading(model, len(text)) as near:
+        full.read(tokens_T, attention(full, Dense()), told(0))
+        near.read(tokens_T, attention(near, local), told(len(text)))
+        cosine = []
+        for layer in range(model.layers):
+            whole, block = (one.store.decoded(layer).k[:, : len(text)].float() for one in (full, near))
+            cosine.append(float(torch.cosine_similarity(whole, block, dim=-1).mean()))
     return Profile(kind=KIND, model=model.fingerprint, tensors={"cosine": torch.tensor(cosine)})
-
-
-class _Run:
-    """A prefill under one form of attention, whose keys stay."""
-
-    def __init__(self, model: LanguageModel, text: Sequence[int], form: Form) -> None:
-        self._model = model
-        self._text = torch.tensor(list(text))
-        self._form = form
-        self._store = SequenceStore(
-            layers=model.layers,
-            heads=model.kv_heads,
-            head_dim=model.head_dim,
-            dtype=model.dtype,
-            capacity=len(text),
-            device=str(model.device),
-        )
-
-    def read(self, told: Callable[[int], None]) -> None:
-        device = self._model.device
-        with torch.inference_mode():
-            for first in range(0, self._text.numel(), _CHUNK):
-                chunk = self._text[first : first + _CHUNK].to(device)
-                at = torch.arange(first, first + chunk.numel(), device=device)
-                self._model.forward(chunk, at, torch.empty(0, dtype=torch.long, device=device), self._attend)
-                self._store.advance(chunk.numel())
-                told(first + chunk.numel())
-
-    def _attend(self, layer: int, q_NHD: Tensor, k_NHD: Tensor, v_NHD: Tensor, spec: AttentionSpec) -> Tensor:
-        first = self._store.length
-        at_N = torch.arange(first, first + q_NHD.shape[0], dtype=torch.int32)
-        self._store.append(layer, k_NHD, v_NHD, at_N)
-        (segment,) = (one.decode() for one in self._store.segments(layer))
-        return prefill(q_NHD, segment, spec=spec, query_positions=at_N, form=self._form).out.to(q_NHD.dtype)
-
-    def keys(self, layer: int) -> Tensor:
-        """``[H, T, D]``."""
-        return self._store.decoded(layer).k[:, : self._text.numel()]
-
-    def __enter__(self) -> _Run:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._store.close()

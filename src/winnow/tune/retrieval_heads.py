@@ -8,13 +8,12 @@ import torch
 from torch import Tensor
 
 from winnow.kernels.dense import dense
-from winnow.store.sequence import SequenceStore
-from winnow.types import AttentionSpec, LanguageModel, Profile
+from winnow.tune.reading import Reading
+from winnow.types import AttentionSpec, LanguageModel, Partial, Profile
 
 __all__ = ["KIND", "retrieval_heads"]
 
 KIND = "retrieval-heads"
-_CHUNK = 1024
 
 
 def retrieval_heads(
@@ -62,16 +61,9 @@ def retrieval_heads(
     dice = torch.Generator().manual_seed(seed)
     usual = torch.tensor([i for i in range(model.vocab_size) if i not in model.eos_token_ids])
     text = usual[torch.randint(usual.numel(), (tokens,), generator=dice)].repeat(repeats)
-    watch = _Pairs(model, tokens, text.numel())
-    with torch.inference_mode():
-        for first in range(0, text.numel(), _CHUNK):
-            chunk = text[first : first + _CHUNK].to(model.device)
-            at = torch.arange(first, first + chunk.numel(), device=model.device)
-            model.forward(chunk, at, torch.empty(0, dtype=torch.long, device=model.device), watch)
-            watch.store.advance(chunk.numel())
-            if progress is not None:
-                progress(first + chunk.numel(), text.numel())
-    watch.store.close()
+    with Reading(model, text.numel()) as reading:
+        watch = _Pairs(model, reading, tokens)
+        reading.read(text, watch, progress)
     pairs = tokens * repeats * (repeats - 1) // 2
     shape = (model.layers, model.kv_heads, -1)
     return Profile(
@@ -93,29 +85,17 @@ class _Pairs:
         ``[L, H * G]`` float64 sums over all pairs.
     """
 
-    def __init__(self, model: LanguageModel, period: int, length: int) -> None:
-        self.store = SequenceStore(
-            layers=model.layers,
-            heads=model.kv_heads,
-            head_dim=model.head_dim,
-            dtype=model.dtype,
-            capacity=length,
-            device=str(model.device),
-        )
+    def __init__(self, model: LanguageModel, reading: Reading, period: int) -> None:
+        self._store = reading.store
         self.echo = torch.zeros(model.layers, model.query_heads, dtype=torch.float64)
         self.induction = torch.zeros_like(self.echo)
         self._period = period
 
-    def __call__(
-        self, layer: int, q_NHD: Tensor, k_NHD: Tensor, v_NHD: Tensor, spec: AttentionSpec
-    ) -> Tensor:
-        """As ``types.Attend``, for one sequence."""
-        first = self.store.length
-        at_N = torch.arange(first, first + q_NHD.shape[0], dtype=torch.int32)
-        self.store.append(layer, k_NHD, v_NHD, at_N)
-        partial = dense(q_NHD, self.store.segments(layer), spec=spec, query_positions=at_N)
-        whole = self.store.decoded(layer)
-        for back in range(self._period, first + q_NHD.shape[0], self._period):
+    def __call__(self, layer: int, q_NHD: Tensor, at_N: Tensor, spec: AttentionSpec) -> Partial:
+        """As :data:`winnow.tune.reading.Look`."""
+        partial = dense(q_NHD, self._store.segments(layer), spec=spec, query_positions=at_N)
+        whole = self._store.decoded(layer)
+        for back in range(self._period, int(at_N[-1]) + 1, self._period):
             for sums, ahead in ((self.echo, 0), (self.induction, 1)):
                 rows = at_N - back >= 0
                 key_n = (at_N[rows] - back + ahead).long()
@@ -130,4 +110,4 @@ class _Pairs:
                 if spec.softcap is not None:
                     logits_nH = spec.softcap * torch.tanh(logits_nH / spec.softcap)
                 sums[layer] += torch.exp(logits_nH - partial.lse[rows]).sum(0).double().cpu()
-        return partial.out.to(q_NHD.dtype)
+        return partial

@@ -27,9 +27,6 @@ class Mustafar(Decoded):
         Elements that are left out, of a hundred: 0 to 99.
     """
 
-    channels: int | None = None
-    key_rank: int | None = None
-
     def __init__(self, percent: int):
         if not 0 <= percent <= 99:
             raise ValueError(f"codec 'mustafar:{percent}' leaves nothing; give at most 'mustafar:99'")

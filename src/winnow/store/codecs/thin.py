@@ -11,13 +11,13 @@ from winnow.kernels.backend import Backend
 from winnow.kernels.decode import decode
 from winnow.kernels.merge import merge
 from winnow.store.codecs.encoded import EncodedSegment
-from winnow.store.codecs.protocol import ENTRIES, Plane
+from winnow.store.codecs.protocol import ENTRIES, Decoded, Plane
 from winnow.types import AttentionSpec, Partial, Segment, Selection
 
 __all__ = ["Thin"]
 
 
-class Thin:
+class Thin(Decoded):
     """``channels`` channels of K, all of V, unrounded (the form of ThinK, arXiv 2407.21018).
 
     One row holds an entry's remaining key channels and behind them its value. Read from its beginning
@@ -36,7 +36,6 @@ class Thin:
         if channels < 1:
             raise ValueError("codec 'thin:0' keeps no channel; give at least 'thin:1'")
         self.channels: int | None = channels
-        self.key_rank: int | None = None
         self.name = f"thin:{channels}"
         self._kept = channels
         self._slot = -(-channels // 8) * 8
