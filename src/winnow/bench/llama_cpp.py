@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["LlamaCpp", "available"]
+__all__ = ["LlamaCpp", "available", "write_gguf"]
 
 _PIECE = 2048
 
@@ -48,7 +48,7 @@ class LlamaCpp:
         self._lib: Any = llama_cpp
         self._threads = threads
         self._file = tempfile.NamedTemporaryFile(suffix=".gguf")  # noqa: SIM115 - closed with the object
-        _write_gguf(module, Path(self._file.name))
+        write_gguf(module, Path(self._file.name))
         llama_cpp.llama_backend_init()
         _be_quiet(llama_cpp)
         params = llama_cpp.llama_model_default_params()
@@ -189,8 +189,22 @@ def _interleaved(weight: Tensor, head_dim: int) -> Tensor:
     return halves.transpose(1, 2).reshape(weight.shape)
 
 
-def _write_gguf(module: Any, path: Path) -> None:
-    """The weights in llama.cpp's own file format, bf16, without a tokenizer."""
+def _rope_factors(module: Any) -> Tensor:
+    """``[D / 2]``: by how much the model turns each pair of channels slower than its base alone says."""
+    config, frequencies_E = module.config, module.model.rotary_emb.inv_freq.float()
+    steps_E = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
+    plain_E = float(config.rope_parameters["rope_theta"]) ** -steps_E
+    return plain_E / frequencies_E
+
+
+def write_gguf(module: Any, path: Path) -> None:
+    """Write the weights of a Llama in llama.cpp's own file format, bf16, without a tokenizer.
+
+    Parameters
+    ----------
+    module : transformers.LlamaForCausalLM
+    path : Path
+    """
     import gguf
 
     config = module.config
@@ -219,6 +233,9 @@ def _write_gguf(module: Any, path: Path) -> None:
 
     with torch.no_grad():
         add("token_embd.weight", module.model.embed_tokens.weight)
+        factors_E = _rope_factors(module)
+        if not torch.allclose(factors_E, torch.ones_like(factors_E), rtol=1e-4):
+            add("rope_freqs.weight", factors_E)
         add("output_norm.weight", module.model.norm.weight)
         if not config.tie_word_embeddings:
             add("output.weight", module.lm_head.weight)

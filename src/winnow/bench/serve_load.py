@@ -7,14 +7,14 @@ import json
 import random
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from statistics import median, quantiles
 from typing import Any
 
 from winnow.bench.serve_model import words
 
-__all__ = ["WORKLOADS", "Conversation", "Exchange", "ask", "drive", "summary", "workload"]
+__all__ = ["WORKLOADS", "Conversation", "Exchange", "ask", "drive", "goodput", "summary", "workload"]
 
 Message = dict[str, str]
 WORKLOADS = ("multi-turn", "shared-prefix", "mixed")
@@ -216,22 +216,30 @@ def drive(
     return found, time.perf_counter() - start
 
 
+def goodput(
+    exchanges: Iterable[Exchange], seconds: float, first_deadline: float, token_deadline: float
+) -> float:
+    """Complete answers per second whose first token and whose time per token both met their deadline."""
+    good = [
+        one
+        for one in exchanges
+        if not one.error and one.first <= first_deadline and one.per_token <= token_deadline
+    ]
+    return len(good) / seconds
+
+
 def summary(
     exchanges: Sequence[Exchange], seconds: float, *, first_deadline: float, token_deadline: float
 ) -> dict[str, Any]:
-    """What a load came to.
-
-    Goodput counts complete answers whose first token and whose time per token both met their deadline.
-    """
+    """What a load came to, with its samples; see :func:`goodput`."""
     whole = [one for one in exchanges if not one.error]
-    good = [one for one in whole if one.first <= first_deadline and one.per_token <= token_deadline]
     told = [one for one in whole if one.prompt_tokens and one.cached_tokens is not None]
     asked = sum(one.prompt_tokens or 0 for one in told)
     return {
         "seconds": seconds,
         "requests": len(exchanges),
         "failed": len(exchanges) - len(whole),
-        "goodput_per_second": len(good) / seconds,
+        "goodput_per_second": goodput(exchanges, seconds, first_deadline, token_deadline),
         "answers_per_second": len(whole) / seconds,
         "tokens_per_second": sum(one.tokens for one in whole) / seconds,
         "first_token": _spread([one.first for one in whole]),

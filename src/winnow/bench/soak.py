@@ -17,8 +17,8 @@ from statistics import median
 from typing import Any
 
 from winnow.bench.machine import describe
-from winnow.bench.serve import free_port, launched
 from winnow.bench.serve_model import words, write_model
+from winnow.bench.serve_servers import Start, free_port, launched
 from winnow.models.random import PRESETS
 
 __all__ = ["check", "run"]
@@ -135,7 +135,7 @@ def run(
         ]
         ends: Counter[str] = Counter()
         resident: list[int] = []
-        with launched(command, port, root / "log") as process:
+        with launched(Start(command=command, port=port), root / "log") as process:
             for first in range(0, requests, batch):
                 seeds = list(range(first, min(first + batch, requests)))
                 lock = threading.Lock()

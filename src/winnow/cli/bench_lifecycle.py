@@ -9,7 +9,7 @@ import typer
 
 from winnow.cli import show
 
-__all__ = ["compare", "lifecycle"]
+__all__ = ["compare", "interpreters", "lifecycle"]
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
 
@@ -38,7 +38,7 @@ def _numbers(values: list[str] | None) -> list[int] | None:
     return found or None
 
 
-def _interpreters(values: list[str] | None) -> dict[str, str]:
+def interpreters(values: list[str] | None) -> dict[str, str]:
     """``PATH`` for all peers, ``LIBRARY=PATH`` for one library's."""
     split = [value.rpartition("=") for value in values or []]
     return {library: path for library, _, path in split}
@@ -93,7 +93,7 @@ def lifecycle(
     )
     try:
         with live.follow(show.notes) as watch:
-            summary = run.run(config, out, resume=resume, pythons=_interpreters(peer_python), watch=watch)
+            summary = run.run(config, out, resume=resume, pythons=interpreters(peer_python), watch=watch)
     except KeyboardInterrupt:
         show.notes.print(f"what is finished lies in {out}; repeat the command with --resume to go on")
         raise

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from winnow.cli import show
+from winnow.cli.bench_lifecycle import interpreters
 
 __all__ = ["serve", "soak"]
 
@@ -17,7 +19,10 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
 def serve(
     server: Annotated[
         list[str] | None,
-        typer.Option(help="winnow, transformers, 'transformers batching'; may be repeated; all by default."),
+        typer.Option(
+            help="winnow, transformers, 'transformers batching', llama.cpp, vllm; may be repeated; all that "
+            "are installed by default."
+        ),
     ] = None,
     workload: Annotated[str, typer.Option(help="multi-turn, shared-prefix or mixed.")] = "multi-turn",
     preset: Annotated[str, typer.Option(help="Shape of the random model: 1b or tiny.")] = "1b",
@@ -37,6 +42,12 @@ def serve(
     model: Annotated[
         Path | None, typer.Option(help="Write the random model here, or take the one that is there.")
     ] = None,
+    peer_python: Annotated[
+        list[str] | None, typer.Option(help="Interpreter of a peer's own environment: vllm=PATH.")
+    ] = None,
+    again: Annotated[
+        Path | None, typer.Option(help="Load nothing: tables and figure from the JSON of an earlier run.")
+    ] = None,
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="Write JSON here, and the figure beside it.")
     ] = None,
@@ -44,32 +55,40 @@ def serve(
 ) -> None:
     """Load an OpenAI-compatible server, and its peers, with conversations that arrive at random."""
     from winnow.bench import serve as bench
+    from winnow.bench import serve_report
     from winnow.bench.output import save
 
-    with show.step_progress() as progress:
-        report = bench.run(
-            servers=server or bench.SERVERS,
-            workload=workload,
-            preset=preset,
-            clients=clients,
-            turns=turns,
-            prefix=prefix,
-            question=question,
-            answer=answer,
-            rate=rate,
-            first_deadline=first_deadline,
-            token_deadline=token_deadline,
-            options=option or (),
-            model=model,
-            progress=progress,
-        )
+    if again is not None:
+        report = serve_report.with_curves(json.loads(again.read_text()))
+    else:
+        with show.step_progress() as progress:
+            report = bench.run(
+                servers=server or bench.SERVERS,
+                workload=workload,
+                preset=preset,
+                clients=clients,
+                turns=turns,
+                prefix=prefix,
+                question=question,
+                answer=answer,
+                rate=rate,
+                first_deadline=first_deadline,
+                token_deadline=token_deadline,
+                options=option or (),
+                model=model,
+                pythons=interpreters(peer_python),
+                progress=progress,
+            )
     if out is not None:
         save(report, out)
-        bench.draw(report, out.with_suffix(".png"))
+        serve_report.draw(report, out.with_suffix(".png"))
     if as_json:
         show.emit_json(report)
-    else:
-        show.console.print(bench.table(report))
+        return
+    show.console.print(serve_report.table(report))
+    show.console.print(serve_report.curve_table(report))
+    for name, why in report["missing"].items():
+        show.notes.print(f"without {name}: {why}", style="dim", highlight=False)
 
 
 def soak(
