@@ -177,32 +177,6 @@ def test_shared_scales_and_biases_come_back_from_a_file(tmp_path: Path) -> None:
             assert torch.equal(store.decoded(0).k, again.decoded(0).k)
 
 
-def test_files_of_version_1_are_read(tmp_path: Path) -> None:
-    import json
-    import zlib
-
-    path = tmp_path / "s.kv"
-    with filled(100) as store:
-        store.apply(0, Plan(keep=(torch.arange(0, 100, 3),) * HEADS))
-        files.save(store, path, {"a": 1})
-        wanted = store.decoded(0)
-        content = path.read_bytes()
-        size = int.from_bytes(content[12:20], "little")
-        index = json.loads(content[24 : 24 + size])
-        for runs in index["runs"]:
-            for record in runs:
-                del record["bias"], record["batches"]  # version 1 had neither
-        text = json.dumps(index, separators=(",", ":")).encode()
-        head = files._HEAD.pack(files.MAGIC, 1, len(text), zlib.crc32(text))
-        tensors = content[files._aligned(24 + size) :]
-        path.write_bytes((head + text).ljust(files._aligned(24 + len(text)), b"\0") + tensors)
-        again, header = files.load(path)
-        with again:
-            assert header == {"a": 1}
-            assert torch.equal(again.decoded(0).k[:, :34], wanted.k[:, :34])
-            assert again.decoded(0).positions_of(1).tolist() == list(range(0, 100, 3))
-
-
 def test_a_sliding_window_moves_nothing() -> None:
     """Attention sinks and a window: after the first step, what stays lies where it lay."""
     with filled(1000) as store:

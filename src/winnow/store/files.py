@@ -4,11 +4,13 @@ Layout, little-endian::
 
     8 bytes  magic "WINNOWKV"        4 bytes  format version
     8 bytes  length of the index     4 bytes  CRC-32 of the index
-    index    JSON: the caller's header, the shape of the store, its runs and tensors
+    8 bytes  where the index begins
     tensors  each at a multiple of 64 bytes, valid entries only, head after head
+    index    JSON: the caller's header, the shape of the store, its runs and tensors
 
-Entries are written in the codec that they are stored in. CRC-32 finds torn and rotten files, not
-forged ones.
+Entries are written in the codec that they are stored in, and in fewer bytes without loss where the caller
+says so (:mod:`winnow.store.packing`). CRC-32, of the bytes before packing, finds torn and rotten files, not
+forged ones. Files of versions 1 and 2, which have the index in front, are read.
 """
 
 from __future__ import annotations
@@ -20,24 +22,27 @@ import struct
 import tempfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping
+from io import BufferedIOBase
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from winnow.store.codecs import ENTRIES, Plane, codec_named, is_codec
 from winnow.store.form import StoredRows, stored_rows
+from winnow.store.packing import pack, unpack
 from winnow.store.run import Run
 from winnow.store.sequence import SequenceStore
 from winnow.types import Factors, Rotary
 
-__all__ = ["StoreFileError", "load", "read_header", "save"]
+__all__ = ["StoreFileError", "load", "read", "read_header", "save", "write"]
 
 MAGIC = b"WINNOWKV"
-VERSION = 2
-_READABLE = (1, 2)
+VERSION = 3
 _HEAD = struct.Struct("<8sIQI")
+_PLACE = struct.Struct("<Q")
+_INDEX_FIRST = (1, 2)
 _ALIGN = 64
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _INDEX_LIMIT = 1 << 30  # a longer index is taken for damage before memory is asked for
@@ -54,7 +59,7 @@ class StoreFileError(ValueError):
 # --------------------------------------------------------------------------- writing
 
 
-def save(store: SequenceStore, path: str | Path, header: Mapping[str, Any]) -> None:
+def save(store: SequenceStore, path: str | Path, header: Mapping[str, Any], *, packed: bool = False) -> None:
     """Write a sequence to ``path``, atomically.
 
     The data goes to a temporary file in the same directory, is forced to the disk, and takes the
@@ -67,6 +72,8 @@ def save(store: SequenceStore, path: str | Path, header: Mapping[str, Any]) -> N
     path : path
     header : mapping
         JSON values that :func:`load` gives back, such as fingerprints and token ids.
+    packed : bool
+        Spend time to write fewer bytes; what is read back is the same bit by bit.
 
     Raises
     ------
@@ -74,14 +81,13 @@ def save(store: SequenceStore, path: str | Path, header: Mapping[str, Any]) -> N
         No space, no permission or no such directory.
     """
     path = Path(path)
-    index, tensors = _index(store, header)
     try:
         descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
     except OSError as error:
         raise _unwritable(path, error) from error
     try:
         with os.fdopen(descriptor, "wb") as file:
-            _write(file, index, tensors)
+            write(store, file, header, packed=packed)
             file.flush()
             os.fsync(file.fileno())
         os.replace(name, path)
@@ -98,35 +104,58 @@ def save(store: SequenceStore, path: str | Path, header: Mapping[str, Any]) -> N
         os.close(directory)
 
 
-def _write(file: IO[bytes], index: bytes, tensors: list[list[Tensor]]) -> None:
-    file.write(_HEAD.pack(MAGIC, VERSION, len(index), zlib.crc32(index)))
+class _Tensors:
+    """Tensors on their way into a file, and the record of each for the index."""
+
+    def __init__(self, file: BufferedIOBase, *, packed: bool) -> None:
+        self._file = file
+        self._packed = packed
+        self._base = self.end = _aligned(_HEAD.size + _PLACE.size)
+        self.records: list[dict[str, int]] = []
+        file.write(bytes(self._base))  # the head is known when all is written
+
+    def add(self, parts: list[Tensor]) -> int:
+        """Write a tensor, given as its parts (one per head); return its number."""
+        begin = _aligned(self.end)
+        self._file.write(bytes(begin - self.end))
+        self.end, size, crc = begin, 0, 0
+        for part in parts:
+            part = part.detach().cpu().contiguous()
+            buffer = _buffer(part)
+            crc, size = zlib.crc32(buffer, crc), size + len(buffer)
+            for piece in pack(part) if self._packed else (buffer,):
+                self.end += self._file.write(piece)
+        record = {"offset": begin - self._base, "bytes": size, "crc": crc}
+        if self._packed:
+            record["packed"] = self.end - begin
+        self.records.append(record)
+        return len(self.records) - 1
+
+
+def write(
+    store: SequenceStore, file: BufferedIOBase, header: Mapping[str, Any], *, packed: bool = False
+) -> int:
+    """Write a sequence to an open file, from its position 0 on; see :func:`save`.
+
+    Until it returns, the file has no valid beginning.
+
+    Returns
+    -------
+    int
+        Bytes of the file.
+    """
+    tensors = _Tensors(file, packed=packed)
+    index = _index(store, header, tensors)
+    place = tensors.end
     file.write(index)
-    at = _HEAD.size + len(index)
-    for parts in tensors:
-        file.write(bytes(_aligned(at) - at))
-        at = _aligned(at)
-        for part in parts:
-            at += file.write(_buffer(part))
+    file.seek(0)
+    file.write(_HEAD.pack(MAGIC, VERSION, len(index), zlib.crc32(index)) + _PLACE.pack(place))
+    return place + len(index)
 
 
-def _index(store: SequenceStore, header: Mapping[str, Any]) -> tuple[bytes, list[list[Tensor]]]:
-    """The index, and per tensor its parts (one per head) in the order in which they are written."""
-    tensors: list[list[Tensor]] = []
-    sums: list[dict[str, int]] = []
-    end = 0
-
-    def add(parts: list[Tensor]) -> int:
-        nonlocal end
-        parts = [part.detach().cpu().contiguous() for part in parts]
-        begin, crc = _aligned(end), 0
-        end = begin
-        for part in parts:
-            crc = zlib.crc32(_buffer(part), crc)
-            end += part.numel() * part.element_size()
-        tensors.append(parts)
-        sums.append({"offset": begin, "bytes": end - begin, "crc": crc})
-        return len(tensors) - 1
-
+def _index(store: SequenceStore, header: Mapping[str, Any], tensors: _Tensors) -> bytes:
+    """Write all tensors; return the index."""
+    add = tensors.add
     runs = []
     for layer in range(store.layers):
         of_layer = []
@@ -158,10 +187,9 @@ def _index(store: SequenceStore, header: Mapping[str, Any]) -> tuple[bytes, list
             "length": store.length,
         },
         "runs": runs,
-        "tensors": sums,
-        "bytes": end,
+        "tensors": tensors.records,
     }
-    return json.dumps(index, separators=(",", ":")).encode(), tensors
+    return json.dumps(index, separators=(",", ":")).encode()
 
 
 def _factor_record(factors: Factors, add: Callable[[list[Tensor]], int]) -> dict[str, Any]:
@@ -225,22 +253,35 @@ def load(
     """
     path = Path(path)
     with _opened(path) as file:
-        index, base = _read_index(file, path)
-        header: dict[str, Any] = index["header"]
-        for key, value in (expect or {}).items():
-            if header.get(key) != value:
-                raise StoreFileError(
-                    f"{path} was saved with another {key} ({header.get(key)!r}, not {value!r}); "
-                    f"open it with the {key} it was saved with"
-                )
-        try:
-            return _fill(file, path, index, base, device, directory, rotary), header
-        except (KeyError, TypeError, IndexError, AttributeError) as error:
-            raise _damaged(path, f"its index does not make sense ({error})") from error
+        return read(file, path, expect, device=device, directory=directory, rotary=rotary)
+
+
+def read(
+    file: BufferedIOBase,
+    path: Path,
+    expect: Mapping[str, Any] | None = None,
+    *,
+    device: str | torch.device = "cpu",
+    directory: str | Path | None = None,
+    rotary: RotaryOf | None = None,
+) -> tuple[SequenceStore, dict[str, Any]]:
+    """Read what :func:`write` wrote to an open file, which errors call ``path``; see :func:`load`."""
+    index, base = _read_index(file, path)
+    header: dict[str, Any] = index["header"]
+    for key, value in (expect or {}).items():
+        if header.get(key) != value:
+            raise StoreFileError(
+                f"{path} was saved with another {key} ({header.get(key)!r}, not {value!r}); "
+                f"open it with the {key} it was saved with"
+            )
+    try:
+        return _fill(file, path, index, base, device, directory, rotary), header
+    except (KeyError, TypeError, IndexError, AttributeError) as error:
+        raise _damaged(path, f"its index does not make sense ({error})") from error
 
 
 def _fill(
-    file: IO[bytes],
+    file: BufferedIOBase,
     path: Path,
     index: dict[str, Any],
     base: int,
@@ -274,7 +315,7 @@ def _fill(
 
 
 def _fill_run(
-    file: IO[bytes],
+    file: BufferedIOBase,
     path: Path,
     tensors: list[dict[str, int]],
     base: int,
@@ -370,36 +411,55 @@ def _fill_run(
     run.restore(stored)
 
 
-def _read_index(file: IO[bytes], path: Path) -> tuple[dict[str, Any], int]:
+def _read_index(file: BufferedIOBase, path: Path) -> tuple[dict[str, Any], int]:
+    """The index, and where its tensors' offsets count from."""
     head = file.read(_HEAD.size)
     if len(head) < _HEAD.size or head[:8] != MAGIC:
         raise StoreFileError(f"{path} is not a saved sequence; name a file that session.save wrote")
     _, version, length, crc = _HEAD.unpack(head)
-    if version not in _READABLE:
+    if not 1 <= version <= VERSION:
         raise StoreFileError(
             f"{path} has format version {version}, this is version {VERSION}; "
             "read it with the version that wrote it"
         )
-    size = os.fstat(file.fileno()).st_size
-    if length > min(size, _INDEX_LIMIT):
+    size = file.seek(0, os.SEEK_END)
+    place, base = _HEAD.size, _aligned(_HEAD.size + length)
+    if version not in _INDEX_FIRST:
+        file.seek(_HEAD.size)
+        pointer = file.read(_PLACE.size)
+        if len(pointer) < _PLACE.size:
+            raise _damaged(path, "it ends inside its head")
+        place, base = _PLACE.unpack(pointer)[0], _aligned(_HEAD.size + _PLACE.size)
+    if length > _INDEX_LIMIT or place + length > size:
         raise _damaged(path, "it ends inside its index")
+    file.seek(place)
     text = file.read(length)
     if len(text) < length or zlib.crc32(text) != crc:
         raise _damaged(path, "the checksum of its index does not match")
     index = json.loads(text)
-    base = _aligned(_HEAD.size + length)
-    if index["bytes"] and size != base + index["bytes"]:
-        raise _damaged(path, f"it has {size} bytes instead of {base + index['bytes']}")
     assert isinstance(index, dict)
+    end = place + length
+    if version in _INDEX_FIRST and index["bytes"]:
+        end = base + index["bytes"]
+    if size != end:
+        raise _damaged(path, f"it has {size} bytes instead of {end}")
     return index, base
 
 
-def _read_tensor(file: IO[bytes], path: Path, base: int, entry: dict[str, int]) -> Tensor:
+def _read_tensor(file: BufferedIOBase, path: Path, base: int, entry: dict[str, int]) -> Tensor:
     tensor = torch.empty(entry["bytes"], dtype=torch.uint8)
+    end = file.seek(0, os.SEEK_END)
     file.seek(base + entry["offset"])
     buffer = _buffer(tensor)
+    if "packed" in entry:
+        if not 0 <= entry["packed"] <= end:
+            raise _damaged(path, "a tensor has the wrong size")
+        try:
+            unpack(memoryview(file.read(entry["packed"])), buffer)
+        except ValueError as error:
+            raise _damaged(path, f"a tensor cannot be unpacked: {error}") from error
     # readinto of a raw file may stop early; a buffered one does not before the end of the file.
-    if file.readinto(buffer) != entry["bytes"]:  # type: ignore[attr-defined]
+    elif file.readinto(buffer) != entry["bytes"]:
         raise _damaged(path, "it ends inside a tensor")
     if zlib.crc32(buffer) != entry["crc"]:
         raise _damaged(path, "the checksum of a tensor does not match")
@@ -407,7 +467,7 @@ def _read_tensor(file: IO[bytes], path: Path, base: int, entry: dict[str, int]) 
 
 
 @contextlib.contextmanager
-def _opened(path: Path) -> Iterator[IO[bytes]]:
+def _opened(path: Path) -> Iterator[BufferedIOBase]:
     try:
         file = path.open("rb")
     except OSError as error:
