@@ -2,7 +2,8 @@
 //
 // The work, all rows of K and V that the lists name, is cut into chunks that threads take in turn. A chunk
 // runs tile by tile: logits of a tile of K rows, an online softmax, then the tile's V rows; its result
-// (maximum, sum, weighted sum) is merged with the other chunks of the same heads by log-sum-exp.
+// (maximum, sum, weighted sum) is merged with the other chunks of the same heads by log-sum-exp. Where the mass
+// is asked for, chunks keep their weights until the sums that they are divided by are known.
 #include "decode.h"
 
 #include <cmath>
@@ -15,6 +16,7 @@
 #endif
 
 #include "decode_tile.h"
+#include "scratch.h"
 
 namespace winnow {
 namespace WINNOW_ISA {
@@ -25,6 +27,7 @@ constexpr int64_t MAX_CHUNK = 8192;    // entries
 constexpr int64_t MIN_CHUNK = 512;
 constexpr int64_t SERIAL_BYTES = 1 << 18;  // less than this is not worth waking a second thread
 constexpr int AHEAD = 128;             // rows between what is read and what is fetched
+constexpr int64_t KEPT_BYTES = 16 << 20;   // of weights, between calls
 constexpr float LOG2E = 1.44269504f;
 constexpr float MINUS_INF = -std::numeric_limits<float>::infinity();
 
@@ -41,8 +44,47 @@ struct Row {
 struct Chunk {
   int64_t row, first, last;  // items of the row
   int64_t result;            // first of its partial results, one per query head
+  int64_t weights;           // where it keeps them, in floats
 };
 
+thread_local Scratch kept_weights;
+
+// What a chunk keeps for the mass: per pass the maximum of every tile, and per entry the weight relative to it.
+class Weights {
+ public:
+  Weights(float* at, int64_t entries) : at_(at), tops_(tops(entries)), pass_(floats(entries)) {}
+  // Room of one pass.
+  static int64_t floats(int64_t entries) { return tops(entries) + round_up(entries, 8) * HEADS; }
+  float* top(int pass, int64_t entry) const { return at_ + pass * pass_ + entry / TILE * HEADS; }
+  float* of(int pass, int64_t entry) const { return at_ + pass * pass_ + tops_ + entry * HEADS; }
+
+ private:
+  // A multiple of a cache line.
+  static int64_t tops(int64_t entries) { return round_up(entries, 4 * TILE) / TILE * HEADS; }
+  float* at_;
+  int64_t tops_, pass_;
+};
+
+// mass[i] += sum over heads of weights[i][head] * by[head]
+template <int heads>
+void add_heads(const float* weights, const float* by, int64_t n, float* mass) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) {
+    float sum = 0.f;
+    for (int g = 0; g < heads; ++g) sum += weights[i * HEADS + g] * by[g];
+    mass[i] += sum;
+  }
+}
+
+void add_heads(int heads, const float* weights, const float* by, int64_t n, float* mass) {
+  static_assert(HEADS == 4, "one case per number of heads");
+  switch (heads) {
+    case 1: return add_heads<1>(weights, by, n, mass);
+    case 2: return add_heads<2>(weights, by, n, mass);
+    case 3: return add_heads<3>(weights, by, n, mass);
+    default: return add_heads<4>(weights, by, n, mass);
+  }
+}
 
 Row make_row(const DecodeArgs& a, int64_t r) {
   Row row;
@@ -69,16 +111,23 @@ Row make_row(const DecodeArgs& a, int64_t r) {
   return row;
 }
 
+// Entries that a chunk reads, at most: not all of a page need be visible.
+int64_t entries_of(const Chunk& chunk, const Row& row, const DecodeArgs& a) {
+  return (chunk.last - chunk.first) * (row.listed ? a.page : 1);
+}
+
 template <typename T>
 class Worker {
  public:
   explicit Worker(const DecodeArgs& args)
       : a_(args), dim_(static_cast<int>(args.dim)), passes_(static_cast<size_t>((args.group + HEADS - 1) / HEADS)) {}
 
-  // Attention over one chunk. `result` gets {maximum, sum, weighted sum[D]} per query head; returns entries read.
-  int64_t run(const Row& row, const Chunk& chunk, float* result) {
+  // Attention over one chunk. `result` gets {maximum, sum, weighted sum[D]} per query head; `kept` the weights, where
+  // there is any. Returns entries read.
+  int64_t run(const Row& row, const Chunk& chunk, float* result, float* kept) {
     row_ = &row;
     head_ = row.head;
+    const Weights weights(kept, entries_of(chunk, row, a_));
     k_ = static_cast<const T*>(a_.k) + row.head * a_.k_head;
     v_ = static_cast<const T*>(a_.v) + row.head * a_.v_head;
     const int64_t n = list_entries(row, chunk);
@@ -103,13 +152,17 @@ class Worker {
     }
     for (int64_t tile = 0; tile < n; tile += TILE) {
       const int64_t end = std::min<int64_t>(tile + TILE, n);
+      for (int p = 0; p < passes; ++p) passes_[p].logits = kept ? weights.of(p, tile) : passes_[p].buffer;
       for (int64_t at = tile; at < end; at += BLOCK) {
         point(rows, false, at, end, tile, end);
         for (int p = 0; p < passes; ++p)
           tile_logits<T>(passes_[p].queries, rows, ahead, padded(end - at), passes_[p].heads, dim_,
                          passes_[p].logits + (at - tile) * HEADS);
       }
-      for (int p = 0; p < passes; ++p) softmax(passes_[p], tile, static_cast<int>(end - tile));
+      for (int p = 0; p < passes; ++p) {
+        softmax(passes_[p], tile, static_cast<int>(end - tile));
+        if (kept) std::copy(passes_[p].top, passes_[p].top + HEADS, weights.top(p, tile));
+      }
       for (int64_t at = tile; at < end; at += BLOCK) {
         point(rows, true, at, end, end, n);
         for (int p = 0; p < passes; ++p)
@@ -129,12 +182,37 @@ class Worker {
     return n;
   }
 
+  // Adds the weights that a chunk kept to the mass of its entries, now that the log-sum-exps are known.
+  void add_mass(const Row& row, const Chunk& chunk, float* kept) {
+    row_ = &row;
+    const Weights weights(kept, entries_of(chunk, row, a_));
+    const int64_t n = list_entries(row, chunk);
+    float* const mass = a_.mass + row.head * a_.mass_head;
+    for (int p = 0; p * HEADS < row.queries; ++p) {
+      const int heads = static_cast<int>(std::min<int64_t>(HEADS, row.queries - p * HEADS));
+      const float* lse = a_.lse + row.query + p * HEADS;
+      for (int64_t tile = 0; tile < n; tile += TILE) {
+        const int64_t count = std::min<int64_t>(TILE, n - tile);
+        const float *top = weights.top(p, tile), *of = weights.of(p, tile);
+        float by[HEADS] = {};  // of a query that saw nothing, too: its difference would be NaN
+        for (int g = 0; g < heads; ++g)
+          if (lse[g] > MINUS_INF) by[g] = exp2_fast((top[g] - lse[g]) * LOG2E);
+        if (row.listed) {
+          for (int64_t i = 0; i < count; ++i) add_heads(heads, of + i * HEADS, by, 1, mass + entry(tile + i));
+        } else {
+          add_heads(heads, of, by, count, mass + entry(tile));
+        }
+      }
+    }
+  }
+
  private:
   struct Pass {
     Pass() {}  // leaves the large buffers as they are
     Queries<T> queries;
     Sums<T> sums;
-    alignas(64) float logits[TILE * HEADS];  // then probabilities
+    alignas(64) float buffer[TILE * HEADS];
+    float* logits;                           // of a tile, then weights: the buffer, or where they are kept
     float top[HEADS], total[HEADS];          // running maximum, and sum of exponentials below it
     int64_t query;
     int heads;
@@ -264,7 +342,13 @@ class Worker {
     if (a_.logits) {
       for (int g = 0; g < pass.heads; ++g) {
         float* to = a_.logits + (pass.query + g) * a_.logits_head;
-        for (int i = 0; i < n; ++i) to[entry(tile + i)] = x[i * HEADS + g];
+        if (row_->listed) {
+          for (int i = 0; i < n; ++i) to[entry(tile + i)] = x[i * HEADS + g];
+        } else {
+          to += entry(tile);
+#pragma omp simd
+          for (int i = 0; i < n; ++i) to[i] = x[i * HEADS + g];
+        }
       }
     }
   }
@@ -316,21 +400,24 @@ int64_t decode(const DecodeArgs& a) {
   const int64_t share = threads == 1 ? MAX_CHUNK : (work + threads * 8 - 1) / (threads * 8);
   const int64_t step = std::max<int64_t>(1, std::clamp(share, MIN_CHUNK, MAX_CHUNK) / (a.rows ? a.page : 1));
   std::vector<Chunk> chunks;
-  int64_t results = 0;
+  int64_t results = 0, weights = 0;
   for (int64_t r = 0; r < rows; ++r) {
     for (int64_t i = 0; i < row[r].items; i += step) {
-      chunks.push_back({r, i, std::min(i + step, row[r].items), results});
+      chunks.push_back({r, i, std::min(i + step, row[r].items), results, weights});
       results += row[r].queries;
+      if (a.mass) weights += (row[r].queries + HEADS - 1) / HEADS * Weights::floats(entries_of(chunks.back(), row[r], a));
     }
   }
 
   const int64_t stride = a.dim + 2;
   std::vector<float> result(static_cast<size_t>(results * stride));
+  float* const kept = reinterpret_cast<float*>(kept_weights.take(weights * static_cast<int64_t>(sizeof(float))));
   int64_t pairs = 0;
   const auto count = static_cast<int64_t>(chunks.size());
   const auto run = [&](Worker<T>& worker, int64_t c) {
     const Row& r = row[chunks[c].row];
-    return r.queries * worker.run(r, chunks[c], result.data() + chunks[c].result * stride);
+    return r.queries * worker.run(r, chunks[c], result.data() + chunks[c].result * stride,
+                                  a.mass ? kept + chunks[c].weights : nullptr);
   };
   if (threads == 1) {  // an OpenMP team of one still costs microseconds
     Worker<T> worker(a);
@@ -355,6 +442,21 @@ int64_t decode(const DecodeArgs& a) {
       const int64_t n = row[r].query + g;
       merge(parts, a.dim, static_cast<T*>(a.out) + n * a.dim, a.lse + n);
     }
+  }
+  if (a.mass) {
+    // By KV head: the lists of several query heads may name one entry.
+    const auto add = [&](int64_t h) {
+      Worker<T> worker(a);
+      for (const Chunk& chunk : chunks)
+        if (row[chunk.row].head == h) worker.add_mass(row[chunk.row], chunk, kept + chunk.weights);
+    };
+    if (threads == 1) {
+      for (int64_t h = 0; h < a.heads; ++h) add(h);
+    } else {
+#pragma omp parallel for schedule(dynamic, 1) num_threads(threads)
+      for (int64_t h = 0; h < a.heads; ++h) add(h);
+    }
+    kept_weights.free_above(KEPT_BYTES);
   }
   return pairs;
 }

@@ -35,6 +35,9 @@ struct DecodeArgs {
   float* lse;     // [H * G]
   float* logits;  // [H * G, S] or null; filled with -inf by the caller, set where an entry is read
   int64_t logits_head;
+  // [H, S] or null: probability that the queries of a KV head give an entry, added to where one is read.
+  float* mass;
+  int64_t mass_head;
 };
 
 struct DecodeKernels {

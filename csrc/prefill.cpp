@@ -12,9 +12,9 @@
 #include <type_traits>
 #include <vector>
 
-#include "memory.h"
 #include "prefill_pack.h"
 #include "prefill_tile.h"
+#include "scratch.h"
 
 namespace winnow {
 namespace WINNOW_ISA {
@@ -27,12 +27,7 @@ constexpr double kOneThread = 2e6;        // multiplications
 constexpr int64_t kAhead = 32;  // entries that packing fetches ahead of what it reads
 constexpr int kListRows = 512;  // rows of an item that packs a gathered list: they pay for the packing
 
-// Packed heads of the last call: a new mapping would cost a page fault for every 4 KiB of them.
-struct Kept {
-  Memory memory;
-  int64_t bytes = 0;
-};
-thread_local Kept kept;
+thread_local Scratch packed;  // heads
 
 struct Item {
   int64_t kv_head;
@@ -99,11 +94,7 @@ class Prefill {
     panels_ = (longest_ + kPanel - 1) / kPanel;
     const int64_t head_bytes = std::max<int64_t>(1, panels_ * (2 * panel_words_ + (a_.bias ? kPanel : 0)) * 4);
     const int64_t batch = std::clamp<int64_t>(kPackedBytes / head_bytes, 1, a_.kv_heads);
-    if (kept.bytes < batch * head_bytes) {
-      kept = {};  // freed before the larger one is made
-      kept = {allocate(batch * head_bytes), batch * head_bytes};
-    }
-    packed_k_ = reinterpret_cast<uint32_t*>(kept.memory.get());
+    packed_k_ = reinterpret_cast<uint32_t*>(packed.take(batch * head_bytes));
     packed_v_ = packed_k_ + batch * panels_ * panel_words_;
     packed_bias_ = reinterpret_cast<float*>(packed_v_ + batch * panels_ * panel_words_);
     std::vector<Needed> needed;
@@ -132,7 +123,7 @@ class Prefill {
           pairs += attend_item(items[static_cast<size_t>(i)], i + 1 < n ? &items[static_cast<size_t>(i) + 1] : nullptr);
       }
     }
-    if (kept.bytes > kPackedBytes) kept = {};
+    packed.free_above(kPackedBytes);
     return pairs;
   }
 
