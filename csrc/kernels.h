@@ -7,6 +7,7 @@
 #include "key_scan.h"
 #include "mass.h"
 #include "matvec.h"
+#include "nearest.h"
 #include "pointwise.h"
 #include "prefill.h"
 #include "quantize.h"
@@ -23,6 +24,7 @@ struct KernelTable {
   TopKKernels top_k;
   QuantizeKernels quantize;
   PointwiseKernels pointwise;
+  NearestKernels nearest;
 };
 
 #define WINNOW_DECLARE_TABLE(isa) \

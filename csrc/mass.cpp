@@ -38,25 +38,10 @@ WINNOW_NOINLINE void mass_micro(const uint32_t* q, const uint32_t* k, int words,
                                 const TileMaths& maths, const Seen& seen, const float* bias, float* sums) {
   constexpr int NV = kTilePanels * kPanelVectors;
   Vec acc[kTileRows][NV];
+  const uint32_t* panels[kTilePanels];
 #pragma GCC unroll 8
-  for (int r = 0; r < kTileRows; ++r)
-#pragma GCC unroll 8
-    for (int j = 0; j < NV; ++j) acc[r][j] = Vec{};
-  const uint32_t* panel[kTilePanels];
-#pragma GCC unroll 8
-  for (int n = 0; n < kTilePanels; ++n) panel[n] = k + n * words * kPanel;
-#pragma GCC unroll 1
-  for (int w = 0; w < words; ++w) {
-    Vec b[NV];
-#pragma GCC unroll 8
-    for (int j = 0; j < NV; ++j) b[j] = load(panel[j / kPanelVectors] + w * kPanel + j % kPanelVectors * kLanes);
-#pragma GCC unroll 8
-    for (int r = 0; r < kTileRows; ++r) {
-      const Vec a = splat_word(q + r * words + w);
-#pragma GCC unroll 8
-      for (int j = 0; j < NV; ++j) acc[r][j] = Way::dot(acc[r][j], a, b[j]);
-    }
-  }
+  for (int n = 0; n < kTilePanels; ++n) panels[n] = k + n * words * kPanel;
+  multiply<Way, kTileRows, kTilePanels>(q, panels, words, acc);
 #pragma GCC unroll 8
   for (int j = 0; j < NV; ++j) {
     Vec total = load(sums + j * kLanes);
@@ -248,7 +233,7 @@ class Mass {
 };
 
 void run(const MassArgs& args) {
-  if (args.dtype == PrefillDtype::bfloat16) return Mass<Bf16Way>(args).run();
+  if (args.dtype == QueryDtype::bfloat16) return Mass<Bf16Way>(args).run();
   Mass<Float32Way>(args).run();
 }
 

@@ -15,6 +15,7 @@ void bind_key_scan(nb::module_& m);
 void bind_top_k(nb::module_& m);
 void bind_quantize(nb::module_& m);
 void bind_pointwise(nb::module_& m);
+void bind_nearest(nb::module_& m);
 }  // namespace winnow
 
 NB_MODULE(_native, m) {
@@ -29,4 +30,5 @@ NB_MODULE(_native, m) {
   winnow::bind_top_k(m);
   winnow::bind_quantize(m);
   winnow::bind_pointwise(m);
+  winnow::bind_nearest(m);
 }

@@ -519,7 +519,7 @@ class Prefill {
 };
 
 int64_t run(const PrefillArgs& args) {
-  if (args.dtype == PrefillDtype::bfloat16) return Prefill<Bf16Way>(args).run();
+  if (args.dtype == QueryDtype::bfloat16) return Prefill<Bf16Way>(args).run();
   return Prefill<Float32Way>(args).run();
 }
 

@@ -67,10 +67,11 @@ struct TileBuffers {
   float* highest;  // [kTileRows][kLanes]
 };
 
+// acc[r] = products of query row r with the keys of N panels. Part of its callers' loops: the sums stay in registers.
 template <class Way, int R, int N>
-WINNOW_NOINLINE void qk_micro(const uint32_t* q, const uint32_t* const* k, int words, float* s, float* highest) {
+static inline __attribute__((always_inline)) void multiply(const uint32_t* q, const uint32_t* const* k, int words,
+                                                           Vec (&acc)[R][N * kPanelVectors]) {
   constexpr int NV = N * kPanelVectors;
-  Vec acc[R][NV];
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 8
@@ -90,6 +91,13 @@ WINNOW_NOINLINE void qk_micro(const uint32_t* q, const uint32_t* const* k, int w
       for (int j = 0; j < NV; ++j) acc[r][j] = Way::dot(acc[r][j], a, b[j]);
     }
   }
+}
+
+template <class Way, int R, int N>
+WINNOW_NOINLINE void qk_micro(const uint32_t* q, const uint32_t* const* k, int words, float* s, float* highest) {
+  constexpr int NV = N * kPanelVectors;
+  Vec acc[R][NV];
+  multiply<Way, R, N>(q, k, words, acc);
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r) {
     Vec top = load(highest + r * kLanes);
