@@ -6,16 +6,13 @@
 // is asked for, chunks keep their weights until the sums that they are divided by are known.
 #include "decode.h"
 
-#include <cmath>
-#include <limits>
 #include <stdexcept>
-#include <vector>
 
 #ifdef _OPENMP
 #include <omp.h>
 #endif
 
-#include "decode_tile.h"
+#include "online_softmax.h"
 #include "scratch.h"
 
 namespace winnow {
@@ -28,8 +25,6 @@ constexpr int64_t MIN_CHUNK = 512;
 constexpr int64_t SERIAL_BYTES = 1 << 18;  // less than this is not worth waking a second thread
 constexpr int AHEAD = 128;             // rows between what is read and what is fetched
 constexpr int64_t KEPT_BYTES = 16 << 20;   // of weights, between calls
-constexpr float LOG2E = 1.44269504f;
-constexpr float MINUS_INF = -std::numeric_limits<float>::infinity();
 
 // Query heads that share one list of entries.
 struct Row {
@@ -94,15 +89,10 @@ Row make_row(const DecodeArgs& a, int64_t r) {
   row.queries = per_query ? 1 : a.group;
   const int64_t n = a.lengths[row.head];
   if (n < 0 || n > a.capacity) throw std::invalid_argument("decode: a length lies outside the reserve");
-  const int64_t oldest = a.window < 0 ? std::numeric_limits<int64_t>::min() : a.position - a.window + 1;
-  if (a.positions) {
-    const int32_t* at = a.positions + row.head * a.positions_head;
-    row.hi = std::upper_bound(at, at + n, a.position, [](int64_t x, int32_t y) { return x < y; }) - at;
-    row.lo = std::lower_bound(at, at + row.hi, oldest, [](int32_t x, int64_t y) { return x < y; }) - at;
-  } else {
-    row.hi = std::clamp<int64_t>(a.position - a.start + 1, 0, n);
-    row.lo = a.window < 0 ? 0 : std::clamp<int64_t>(oldest - a.start, 0, row.hi);
-  }
+  const int32_t* at = a.positions ? a.positions + row.head * a.positions_head : nullptr;
+  const Visible seen = visible(at, a.start, n, a.position, a.window);
+  row.lo = seen.first;
+  row.hi = seen.last;
   if (a.rows && (a.counts[r] < 0 || a.counts[r] > a.listed))
     throw std::invalid_argument("decode: a count of the selection lies outside its list");
   row.list = a.rows ? a.indices + r * a.indices_row : nullptr;
@@ -138,8 +128,7 @@ class Worker {
       pass.heads = static_cast<int>(std::min<int64_t>(HEADS, row.queries - p * HEADS));
       pass.queries.load(static_cast<const T*>(a_.q) + pass.query * dim_, pass.heads, dim_);
       pass.sums.clear();
-      std::fill(pass.top, pass.top + HEADS, MINUS_INF);
-      std::fill(pass.total, pass.total + HEADS, 0.f);
+      pass.running.clear();
     }
 
     // A block of rows, and behind it those that come next, the other phase's first ones among them. The
@@ -161,7 +150,7 @@ class Worker {
       }
       for (int p = 0; p < passes; ++p) {
         softmax(passes_[p], tile, static_cast<int>(end - tile));
-        if (kept) std::copy(passes_[p].top, passes_[p].top + HEADS, weights.top(p, tile));
+        if (kept) std::copy(passes_[p].running.top, passes_[p].running.top + HEADS, weights.top(p, tile));
       }
       for (int64_t at = tile; at < end; at += BLOCK) {
         point(rows, true, at, end, end, n);
@@ -174,8 +163,8 @@ class Worker {
     for (int p = 0; p < passes; ++p) {
       for (int g = 0; g < passes_[p].heads; ++g) {
         float* to = result + (p * HEADS + g) * (dim_ + 2);
-        to[0] = passes_[p].top[g];
-        to[1] = passes_[p].total[g];
+        to[0] = passes_[p].running.top[g];
+        to[1] = passes_[p].running.total[g];
         passes_[p].sums.natural(to + 2, g, dim_);
       }
     }
@@ -213,7 +202,7 @@ class Worker {
     Sums<T> sums;
     alignas(64) float buffer[TILE * HEADS];
     float* logits;                           // of a tile, then weights: the buffer, or where they are kept
-    float top[HEADS], total[HEADS];          // running maximum, and sum of exponentials below it
+    Running running;
     int64_t query;
     int heads;
   };
@@ -282,40 +271,8 @@ class Worker {
       for (int i = 0; i < n * HEADS; i += LANES) store(x + i, load(x + i) * a_.scale);
     }
     std::fill(x + n * HEADS, x + whole * HEADS, MINUS_INF);
-
-    float top[LANES], shift[LANES], sum[LANES];
-    Vec best = splat(MINUS_INF), best2 = best;
-    for (int i = 0; i < whole * HEADS; i += 2 * LANES) {
-      best = larger(load(x + i), best);
-      best2 = larger(load(x + i + LANES), best2);
-    }
-    store(top, larger(best, best2));
     float down[LANES];
-    bool moved = false;
-    for (int g = 0; g < HEADS; ++g) {
-      const float most =
-          std::max(pass.top[g], std::max(std::max(top[g], top[g + 4]), std::max(top[g + 8], top[g + 12])));
-      // While nothing was seen the maximum is -inf: shift by 0 there so that no NaN appears.
-      const float by = most == MINUS_INF ? 0.f : most;
-      for (int j = g; j < LANES; j += HEADS) {
-        shift[j] = by * LOG2E;
-        down[j] = (pass.top[g] - by) * LOG2E;
-      }
-      moved |= most != pass.top[g];
-      pass.top[g] = most;
-    }
-    store(down, exp2_fast(load(down)));
-    const Vec by = load(shift);
-    Vec total = {};
-    for (int i = 0; i < whole * HEADS; i += LANES) {
-      const Vec p = exp2_fast(load(x + i) * LOG2E - by);
-      store(x + i, p);
-      total += p;
-    }
-    store(sum, total);
-    for (int g = 0; g < HEADS; ++g)
-      pass.total[g] = pass.total[g] * down[g] + (sum[g] + sum[g + 4]) + (sum[g + 8] + sum[g + 12]);
-    if (moved) pass.sums.rescale(down, dim_);
+    if (pass.running.add(x, whole, down)) pass.sums.rescale(down, dim_);
   }
 
   // Scale, soft cap and bias of a tile's logits, and the copy that the caller asked for.
@@ -362,25 +319,6 @@ class Worker {
   int64_t first_ = 0, head_ = 0;
   alignas(64) mutable T wide_[BLOCK * MAX_DIM];  // expanded rows of a block; touched only where there are masks
 };
-
-// One query head's partial results into its output.
-template <typename T>
-void merge(const std::vector<const float*>& parts, int64_t dim, T* out, float* lse) {
-  float top = MINUS_INF;
-  for (const float* part : parts) top = std::max(top, part[0]);
-  float sum[MAX_DIM] = {};
-  float total = 0.f;
-  if (top > MINUS_INF) {
-    for (const float* part : parts) {
-      const float weight = exp2_fast((part[0] - top) * LOG2E);
-      total += weight * part[1];
-      for (int64_t d = 0; d < dim; ++d) sum[d] += weight * part[2 + d];
-    }
-  }
-  *lse = top > MINUS_INF ? top + std::log(total) : MINUS_INF;
-  const float by = top > MINUS_INF ? 1.f / total : 0.f;
-  for (int64_t d = 0; d < dim; ++d) from_float(sum[d] * by, out + d);
-}
 
 template <typename T>
 int64_t decode(const DecodeArgs& a) {

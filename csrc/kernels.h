@@ -3,10 +3,12 @@
 // A kernel file defines its functions in namespace winnow::WINNOW_ISA; csrc/table.cpp, compiled once per
 // instruction set, collects them. Bindings (csrc/bind_*.cpp) call through winnow::table() and hold no logic.
 #pragma once
+#include "coded_decode.h"
 #include "decode.h"
 #include "key_scan.h"
 #include "mass.h"
 #include "matvec.h"
+#include "merge.h"
 #include "nearest.h"
 #include "pointwise.h"
 #include "prefill.h"
@@ -25,6 +27,8 @@ struct KernelTable {
   QuantizeKernels quantize;
   PointwiseKernels pointwise;
   NearestKernels nearest;
+  CodedKernels coded;
+  MergeKernels merge;
 };
 
 #define WINNOW_DECLARE_TABLE(isa) \

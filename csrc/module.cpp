@@ -16,6 +16,8 @@ void bind_top_k(nb::module_& m);
 void bind_quantize(nb::module_& m);
 void bind_pointwise(nb::module_& m);
 void bind_nearest(nb::module_& m);
+void bind_coded_decode(nb::module_& m);
+void bind_merge(nb::module_& m);
 }  // namespace winnow
 
 NB_MODULE(_native, m) {
@@ -31,4 +33,6 @@ NB_MODULE(_native, m) {
   winnow::bind_quantize(m);
   winnow::bind_pointwise(m);
   winnow::bind_nearest(m);
+  winnow::bind_coded_decode(m);
+  winnow::bind_merge(m);
 }
