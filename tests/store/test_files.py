@@ -331,7 +331,7 @@ def test_a_directory_in_the_way_is_said(tmp_path: Path) -> None:
 
 
 def test_interruption_while_writing_leaves_no_rest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupt(*_: object) -> None:
+    def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(files, "write", interrupt)
