@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import builtins
 import json
+import sys
 from dataclasses import replace
 
 import pytest
 
-from winnow.bench import published
+from winnow.bench import published, repoqa_scorer
 from winnow.bench.scorers import SCORERS
 from winnow.bench.tasks import prompt
 
@@ -58,14 +59,18 @@ def test_scbench_multiple_choice(tmp_path):
     row = {
         "id": 0,
         "context": "A book.",
-        "multi_turns": [{"input": "Who?", "answer": "Dan", "options": ["Ann", "Bob", "Cid", "Dan"]}],
+        "multi_turns": [{"input": "Who?", "answer": "Dan", "options": ["Ann", "Bob", "Cid", "Dan"]}] * 2,
     }
     (example,) = scbench(tmp_path / "scbench_choice_eng.jsonl", row)
-    (turn,) = example.turns
+    turn, second = example.turns
     assert turn.answers == ("D", "Dan")
-    assert turn.question == "Who?\nA. Ann\nB. Bob\nC. Cid\nD. Dan"
+    assert turn.question == "Who?\nA. Ann\nB. Bob\nC. Cid\nD. Dan\n\nThe the correct answer is"
     assert grade(turn, "Dan") == grade(turn, "D") == 1
     assert grade(turn, "C") == 0
+    assert second.question.endswith("D. Dan\n\nThe letter of the correct answer is")
+    (example,) = scbench(tmp_path / "scbench_choice_eng.jsonl", row, published=True)
+    assert prompt(example, 1).count("answer isDan\n\nQuestion: Who?") == 1, "later turns see the text"
+    assert grade(example.turns[0], "D. Dan") == 1
 
 
 def test_scbench_math_find_has_numbers_for_context_and_answer(tmp_path):
@@ -76,6 +81,7 @@ def test_scbench_math_find_has_numbers_for_context_and_answer(tmp_path):
     (example,) = scbench(tmp_path / "scbench_mf.jsonl", {"id": 1, "context": [7, 9, 8], "multi_turns": turns})
     assert example.context == "[7, 9, 8]"
     assert example.opening == "What is the largest number?\n\n[7, 9, 8]"
+    assert example.turns[0].question == "You should answer with only one number. The largest number is"
     assert example.turns[1].question == "What is the 2nd largest number?\n\nThe 2nd largest number is"
     assert grade(example.turns[1], "The 2nd largest number is 8") == 1
     wrong = {"id": 1, "context": [7], "multi_turns": [{"input": "Largest?", "answer": 7}]}
@@ -87,30 +93,57 @@ def test_scbench_variable_tracking_has_lists_of_answers(tmp_path):
     row = {"id": 0, "context": "VAR AB = 1", "multi_turns": [{"input": "All?", "answer": ["AB", "CD", "EF"]}]}
     (example,) = scbench(tmp_path / "scbench_vt.jsonl", row)
     (turn,) = example.turns
-    assert turn.answers == ("AB, CD, EF", "AB", "CD", "EF")
+    assert turn.answers == ("['AB', 'CD', 'EF']", "AB", "CD", "EF"), "the first as later turns see it"
     assert grade(turn, "AB and CD") == pytest.approx(2 / 3)
     (example,) = scbench(tmp_path / "scbench_vt.jsonl", row, published=True)
     assert grade(example.turns[0], "AB and CD") == 0.67
 
 
 def test_scbench_functions_of_a_repository_are_each_others_choices(tmp_path):
-    def row(number, repo, *answers):
-        turns = [{"input": "Which?", "answer": answer, "name": "f"} for answer in answers]
+    def row(number, repo, **named):
+        turns = [{"input": "Which?", "answer": answer, "name": name} for name, answer in named.items()]
         return {"id": number, "repo": repo, "lang": "python", "context": "code", "multi_turns": turns}
 
+    code = {name: f"def {name}():\n    pass" for name in "abcd"}
     rows = [
-        row(0, "one", "def a(): pass", "def b(): pass"),
-        row(1, "two", "def c(): pass"),
-        row(2, "one", "def d(): pass"),
+        row(0, "one", a=code["a"], b=code["b"]),
+        row(1, "two", c=code["c"]),
+        row(2, "one", a=code["d"]),
     ]
-    first, second, third = scbench(tmp_path / "scbench_repoqa.jsonl", *rows)
-    assert (
-        first.turns[0].choices
-        == third.turns[0].choices
-        == ("def a(): pass", "def b(): pass", "def d(): pass")
-    )
-    assert second.turns[0].choices == ("def c(): pass",)
-    assert grade(first.turns[0], "```python\ndef a(): pass\n```") == 1
+    path = tmp_path / "scbench_repoqa.jsonl"
+    first, second, third = scbench(path, *rows)
+    assert first.turns[0].choices == third.turns[0].choices == (code["a"], code["b"], code["d"])
+    assert second.turns[0].choices == (code["c"],)
+    assert grade(first.turns[0], f"```python\n{code['a']}\n```") == 1
+    assert {turn.answers for turn in first.turns} == {(code["a"],), (code["b"],)}
+    first, second, third = scbench(path, *rows, published=True)
+    assert first.turns[0].scorer == "scbench:repoqa"
+    assert first.turns[0].answers == (code["a"], code["d"]), "functions of one name stand for each other"
+    assert first.turns[1].answers == (code["b"],)
+    assert third.turns[0].answers == (code["d"], code["a"])
+    (rust,) = scbench(path, {**rows[1], "lang": "rust"}, published=True)
+    assert rust.turns[0].scorer == "scbench:repoqa:rust"
+
+
+def test_scbench_functions_are_refused_where_they_cannot_be_scored(tmp_path, monkeypatch):
+    path = tmp_path / "scbench_repoqa.jsonl"
+    turn = {"input": "Which?", "answer": "def a(): pass", "name": "a"}
+    row = {"id": 0, "repo": "one", "context": "code", "multi_turns": [turn]}
+    with pytest.raises(ValueError, match="row 0 has no 'lang'"):
+        scbench(path, row, published=True)
+    row["lang"] = "cobol"
+    with pytest.raises(ValueError, match="no language 'cobol'"):
+        scbench(path, row, published=True)
+    row["lang"] = "python"
+    turn.pop("name")
+    with pytest.raises(ValueError, match="turn 0 has no 'name'"):
+        scbench(path, row, published=True)
+    repoqa_scorer._finder.cache_clear()
+    monkeypatch.setitem(sys.modules, "tree_sitter", None)
+    turn["name"] = "a"
+    with pytest.raises(ValueError, match="pip install 'winnow-llm"):
+        scbench(path, row, published=True)
+    assert scbench(path, row)[0].turns[0].scorer == "code", "the corrected scorer needs no parser"
 
 
 def test_scbench_turns_of_mixtures_name_their_task(tmp_path):
@@ -125,7 +158,7 @@ def test_scbench_turns_of_mixtures_name_their_task(tmp_path):
     }
     (example,) = scbench(tmp_path / "scbench_repoqa_and_kv.jsonl", row)
     assert [turn.scorer for turn in example.turns] == ["code", "string"]
-    assert [turn.max_new_tokens for turn in example.turns] == [1024, 150]
+    assert [turn.max_new_tokens for turn in example.turns] == [1024, 80]
     assert example.turns[0].choices == ("def a(): pass",)
     row["multi_turns"] = [
         {"task": "scbench_summary", "input": "Sum up.", "answer": "It ends."},
@@ -133,18 +166,28 @@ def test_scbench_turns_of_mixtures_name_their_task(tmp_path):
     ]
     (example,) = scbench(tmp_path / "scbench_summary_with_needles.jsonl", row)
     assert [turn.scorer for turn in example.turns] == ["scbench:summary", "number"]
+    assert [turn.max_new_tokens for turn in example.turns] == [800, 15]
+    assert example.opening == "code"
+
+
+def test_scbench_passkeys_have_an_instruction_and_full_stops(tmp_path):
+    turns = [{"input": "Key?", "answer": "71432"}] * 2
+    row = {"id": 0, "context": "noise", "multi_turns": turns}
+    (example,) = scbench(tmp_path / "scbench_passkey.jsonl", row)
+    assert prompt(example, 1).endswith("important information.\n\nnoise\n\nKey?71432.\n\nKey?")
 
 
 @pytest.mark.parametrize("name", published.SCBENCH)
 def test_every_scbench_task_is_read_and_its_golden_answer_scores(name, tmp_path):
     question = "The largest number is" if name == "mf" else "Which?"
-    turn = {"input": question, "answer": "71432", "options": ["1", "2", "3", "71432"]}
+    turn = {"input": question, "answer": "71432", "options": ["1", "2", "3", "71432"], "name": "f"}
+    row = {"id": 0, "context": "text", "multi_turns": [turn], "lang": "python", "repo": "one"}
     path = tmp_path / f"scbench_{name}.jsonl"
     for mode in (False, True):
-        (example,) = scbench(path, {"id": 0, "context": "text", "multi_turns": [turn]}, published=mode)
+        (example,) = scbench(path, row, published=mode)
         (made,) = example.turns
         assert "text" in prompt(example, 0)
-        if made.scorer not in ("code", "scbench:repoqa"):
+        if made.scorer not in ("code", "scbench:repoqa", "scbench:qa_chn"):
             assert grade(made, made.answers[0]) == 1
 
 
@@ -212,6 +255,12 @@ def test_longbench(tmp_path):
     (example,) = published.longbench(jsonl(tmp_path / "trec_e.jsonl", classed), count=count)
     assert example.task == "longbench:trec"
     assert example.turns[0].choices == ("Food", "Animal")
+    assert grade(example.turns[0], "Food\nAnimal") == 1
+    line = replace_row(row, dataset="triviaqa")
+    (example,) = published.longbench(jsonl(tmp_path / "triviaqa.jsonl", line), count=count)
+    assert grade(example.turns[0], "Bob\nQuestion: who else?") == 1, (
+        "the rest is the next example of the prompt"
+    )
     with pytest.raises(ValueError, match="LongBench has no task 'tale'"):
         list(published.longbench(jsonl(tmp_path / "x.jsonl", replace_row(row, dataset="tale")), count=count))
 

@@ -1,8 +1,18 @@
-"""LongBench's scorers (arXiv 2308.14508, THUDM/LongBench ``metrics.py``), the best over the answers.
+"""LongBench's scorers (arXiv 2308.14508, THUDM/LongBench ``eval.py`` and ``metrics.py``).
 
-Where they differ from the published ones: Chinese is compared by characters instead of the words of
-a segmenter, also in summaries; ROUGE-L is the plain F1 of the longest common subsequence; one class
-named inside the name of another is passed over whatever their order.
+An answer scores as with the best of the right ones.  What is odd stays odd:
+
+``longbench:rouge``
+    ROUGE-L of the library ``rouge``: sentences end at any full stop (``3.5`` is two), words are
+    compared with case and punctuation, and only *distinct* words are counted.
+``longbench:classes``
+    The right class is named, divided by how many classes are.  Classes inside the right one's name do
+    not count, but of two that follow one another the second does.
+``longbench:code``
+    Similarity in whole hundredths; without ``python-Levenshtein``, whose presence changes the published one.
+
+Where they differ from the published ones: Chinese is compared by characters instead of the words of a
+segmenter, and long sentences score what they should, where the library's recursion ends in 0.
 """
 
 from __future__ import annotations
@@ -10,14 +20,16 @@ from __future__ import annotations
 import re
 import string
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from difflib import SequenceMatcher
 from types import MappingProxyType
 
-from winnow.bench.scbench_scorers import character_f1, rouge_lsum
+from winnow.bench.scbench_scorers import character_f1, common
 from winnow.bench.tasks.example import Turn
 
 __all__ = ["LONGBENCH"]
+
+Scorer = Callable[[Turn, str], float]
 
 
 def question(turn: Turn, answer: str) -> float:
@@ -36,19 +48,46 @@ def question(turn: Turn, answer: str) -> float:
 
 
 def rouge(turn: Turn, answer: str) -> float:
-    """ROUGE-L over the whole texts."""
-    flat = answer.replace("\n", " ")
-    return max(rouge_lsum(flat, right.replace("\n", " ")) for right in turn.answers)
+    """ROUGE-L."""
+    return max(_rouge(_sentences(answer), _sentences(right)) for right in turn.answers)
+
+
+def rouge_zh(turn: Turn, answer: str) -> float:
+    """ROUGE-L, every character a word."""
+    return max(_rouge(_sentences(" ".join(answer)), _sentences(" ".join(right))) for right in turn.answers)
+
+
+def _sentences(text: str) -> list[list[str]]:
+    return [" ".join(sentence.split()).split(" ") for sentence in text.split(".") if sentence]
+
+
+def _rouge(given: Sequence[Sequence[str]], wanted: Sequence[Sequence[str]]) -> float:
+    """F1 of the distinct words that any two sentences have in common in the same order."""
+    ours, theirs = set[str]().union(*given), set[str]().union(*wanted)
+    if not ours or not theirs:
+        return 0.0
+    # Of several longest common subsequences the library finds the one that `common` finds this way round.
+    same = {one[index] for one in given for other in wanted for index in common(one, other)}
+    precision, recall = len(same) / len(ours), len(same) / len(theirs)
+    return 2 * precision * recall / (precision + recall + 1e-8)
+
+
+def first_line(scorer: Scorer) -> Scorer:
+    """The same scorer for what stands before the answer's first line break."""
+    return lambda turn, answer: scorer(turn, answer.lstrip("\n").split("\n")[0])
 
 
 def classes(turn: Turn, answer: str) -> float:
     """The right class is named, divided by how many classes are."""
-    line = answer.lstrip("\n").split("\n")[0]
-    named = [one for one in turn.choices if one in line]
 
     def share(right: str) -> float:
-        kept = [one for one in named if one == right or one not in right]
-        return 1 / len(kept) if right in kept else 0.0
+        named = [one for one in turn.choices if one in answer]
+        for (
+            one
+        ) in named:  # of a list that shrinks, as published: what follows a class that goes is passed over
+            if one in right and one != right:
+                named.remove(one)
+        return 1 / len(named) if right in named else 0.0
 
     return max(share(right) for right in turn.answers)
 
@@ -56,23 +95,26 @@ def classes(turn: Turn, answer: str) -> float:
 def numbers(turn: Turn, answer: str) -> float:
     """Share of the answer's numbers that are the number of the label (``Paragraph 7``)."""
     given = re.findall(r"\d+", answer)
-    wanted = {re.findall(r"\d+", right)[0] for right in turn.answers}
-    return sum(one in wanted for one in given) / len(given) if given else 0.0
+    wanted = (re.findall(r"\d+", right)[0] for right in turn.answers)
+    return max(given.count(one) / len(given) for one in wanted) if given else 0.0
 
 
 def line(turn: Turn, answer: str) -> float:
     """Similarity of the first line that is neither comment nor fence with the right line."""
     lines = answer.lstrip("\n").split("\n")
     given = next((one for one in lines if not any(mark in one for mark in ("`", "#", "//"))), "")
-    return max(SequenceMatcher(None, given, right).ratio() for right in turn.answers)
+    return max(round(100 * SequenceMatcher(None, given, right).ratio()) / 100 for right in turn.answers)
 
 
-LONGBENCH: Mapping[str, Callable[[Turn, str], float]] = MappingProxyType(
+LONGBENCH: Mapping[str, Scorer] = MappingProxyType(
     {
         "longbench:qa": question,
+        "longbench:qa_line": first_line(question),
         "longbench:qa_zh": character_f1,
         "longbench:rouge": rouge,
-        "longbench:classes": classes,
+        "longbench:rouge_line": first_line(rouge),
+        "longbench:rouge_zh": rouge_zh,
+        "longbench:classes": first_line(classes),
         "longbench:number": numbers,
         "longbench:code": line,
     }

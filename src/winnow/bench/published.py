@@ -11,9 +11,11 @@ import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from winnow.bench import repoqa_scorer
 from winnow.bench.tasks.example import Category, Example, Join, Turn
 
 __all__ = ["READERS", "longbench", "ruler", "scbench"]
@@ -72,10 +74,10 @@ def _hub(name: str) -> Iterator[Row]:
     yield from datasets.load_dataset(f"{owner}/{data}", config or None, split="test")
 
 
-def _need(row: Row, number: int, *fields: str) -> None:
+def _need(row: Row, number: int, *fields: str, what: str = "row") -> None:
     missing = [field for field in fields if field not in row]
     if missing:
-        raise ValueError(f"row {number} has no {missing[0]!r}; its fields are {', '.join(map(str, row))}")
+        raise ValueError(f"{what} {number} has no {missing[0]!r}; its fields are {', '.join(map(str, row))}")
 
 
 def _depth(context: str, answer: str) -> float | None:
@@ -88,14 +90,16 @@ def _depth(context: str, answer: str) -> float | None:
 
 @dataclass(frozen=True, kw_only=True)
 class _Published:
-    """What SCBench fixes about one of its tasks."""
+    """What SCBench fixes about one of its tasks; ``mixed`` are the tokens of its turns in a mixture."""
 
     category: Category
     scorer: str
     corrected: str
     tokens: int
+    mixed: int = 0
     opening: str = "{context}"
     question: str = "\n\n{question}"
+    answer: str = "{answer}"
 
 
 _KV = _Published(
@@ -103,6 +107,7 @@ _KV = _Published(
     scorer="scbench:kv",
     corrected="string",
     tokens=150,
+    mixed=80,
     opening="Extract the value corresponding to the specified key in the JSON object below.\n\n{context}",
 )
 _REPOQA = _Published(
@@ -110,12 +115,15 @@ _REPOQA = _Published(
     scorer="scbench:repoqa",
     corrected="code",
     tokens=1024,
+    mixed=1024,
     opening=(
         "Based on the function description and code context, please retrieve and repeat the exact "
         "described function from the code context in a code block wrapped by ```:\n\n{context}"
     ),
 )
-_SUMMARY = _Published(category="global", scorer="scbench:summary", corrected="scbench:summary", tokens=200)
+_SUMMARY = _Published(
+    category="global", scorer="scbench:summary", corrected="scbench:summary", tokens=200, mixed=800
+)
 _BOOK = "Read the book and answer the question.{concise}\n\n{{context}}"
 #: by the data's name without ``scbench_``; token limits as in the published harness
 SCBENCH: Mapping[str, _Published] = {
@@ -136,7 +144,7 @@ SCBENCH: Mapping[str, _Published] = {
     "qa_chn": _Published(
         category="semantic",
         scorer="scbench:qa_chn",
-        corrected="scbench:qa_chn",
+        corrected="longbench:qa_zh",
         tokens=40,
         opening="阅读以下书籍然后回答问题。\n\n{context}",
         question="\n\n问题：{question}\n答案：",  # noqa: RUF001
@@ -147,7 +155,7 @@ SCBENCH: Mapping[str, _Published] = {
         corrected="choice",
         tokens=40,
         opening=_BOOK.format(concise=""),
-        question="\n\nQuestion: {question}\n\nThe letter of the correct answer is",
+        question="\n\nQuestion: {question}",
     ),
     "mf": _Published(category="global", scorer="scbench:mf", corrected="number", tokens=5),
     "many_shot": _Published(category="global", scorer="scbench:many_shot", corrected="phrase", tokens=10),
@@ -155,7 +163,18 @@ SCBENCH: Mapping[str, _Published] = {
     "summary_with_needles": _Published(
         category="multi-task", scorer="scbench:summary", corrected="scbench:summary", tokens=800
     ),
-    "passkey": _Published(category="string", scorer="scbench:passkey", corrected="number", tokens=15),
+    "passkey": _Published(
+        category="string",
+        scorer="scbench:passkey",
+        corrected="number",
+        tokens=15,
+        mixed=15,
+        opening=(
+            "There is an important info hidden inside a lot of irrelevant text. Find it and memorize it. "
+            "I will quiz you about the important information.\n\n{context}"
+        ),
+        answer="{answer}.",
+    ),
     "repoqa_and_kv": _Published(
         category="multi-task", scorer="scbench:repoqa", corrected="code", tokens=1024
     ),
@@ -180,10 +199,15 @@ def scbench(
 
     Notes
     -----
-    ``context`` may be a list of numbers (math find).  Turns of mixtures name their own ``task``.
-    Functions asked for about the same ``repo`` anywhere in the source become each other's
-    ``choices``, which the published scorer compares with.  The golden answer of a multiple choice is
-    shown to later turns as its letter (SCBench shows the text).
+    Prompts are those of the published multi-turn mode.  ``context`` may be a list of numbers (math find).
+    Turns of mixtures name their own ``task``.  Functions asked for about the same ``repo`` anywhere in
+    the source become each other's ``choices``, which the published scorer compares with.  The golden
+    answer of a multiple choice is shown to later turns as its letter, with ``published`` as its text.
+
+    Raises
+    ------
+    ValueError
+        If the source holds something else, or ``published`` needs a parser that is not installed.
     """
     name = (task or Path(str(source)).stem).removeprefix("scbench_")
     if name not in SCBENCH:
@@ -191,22 +215,16 @@ def scbench(
     held = list(rows(source))
     for number, row in enumerate(held):
         _need(row, number, "context", "multi_turns")
-    functions: dict[str, list[str]] = {}
-    for row in held:
-        if "repo" in row:
-            wanted = [
-                turn["answer"] for turn in row["multi_turns"] if turn.get("task", "repoqa").endswith("repoqa")
-            ]
-            functions.setdefault(row["repo"], []).extend(wanted)
+    functions = _functions(held)
     spec = SCBENCH[name]
     for number, row in enumerate(held):
         context = row["context"] if isinstance(row["context"], str) else str(list(row["context"]))
         opening = spec.opening
         if name == "mf":
             opening = _target(row["multi_turns"][0]["input"]) + "\n\n{context}"
-        join = Join(opening=opening, question=spec.question, answer="{answer}")
+        join = Join(opening=opening, question=spec.question, answer=spec.answer)
         yield Example(
-            task=f"scbench:{name}",
+            task=f"{'scbench-published' if published else 'scbench'}:{name}",
             category=spec.category,
             form="text",
             length=count(join.open(context)),
@@ -214,11 +232,24 @@ def scbench(
             number=number,
             context=context,
             turns=tuple(
-                _scbench_turn(name, turn, context, published, functions.get(row.get("repo", ""), ()))
-                for turn in row["multi_turns"]
+                _scbench_turn(name, at, turn, row, context, published, functions)
+                for at, turn in enumerate(row["multi_turns"])
             ),
             join=join,
         )
+
+
+def _functions(held: Sequence[Row]) -> Mapping[str, Sequence[tuple[str, str]]]:
+    """Name and source of every function that is asked for, by repository."""
+    found: dict[str, list[tuple[str, str]]] = {}
+    for row in held:
+        if "repo" in row:
+            found.setdefault(row["repo"], []).extend(
+                (str(turn.get("name")), str(turn["answer"]))
+                for turn in row["multi_turns"]
+                if turn.get("task", "repoqa").endswith("repoqa")
+            )
+    return found
 
 
 def _target(question: str) -> str:
@@ -229,33 +260,56 @@ def _target(question: str) -> str:
     return f"What is {found[0].lower().removesuffix(' is')}?"
 
 
-def _scbench_turn(name: str, turn: Row, context: str, published: bool, functions: Sequence[str]) -> Turn:
+def _scbench_turn(
+    name: str,
+    at: int,
+    turn: Row,
+    row: Row,
+    context: str,
+    published: bool,
+    functions: Mapping[str, Sequence[tuple[str, str]]],
+) -> Turn:
     own = str(turn.get("task", name)).removeprefix("scbench_")
     spec = SCBENCH[own]
     question, answer = str(turn["input"]), turn["answer"]
+    if own in ("mf", "passkey") and isinstance(answer, list):
+        (answer,) = answer
+    scorer = spec.scorer if published else spec.corrected
     choices: tuple[str, ...] = ()
-    if isinstance(answer, list):
-        answers: tuple[str, ...] = (", ".join(map(str, answer)), *map(str, answer))
-    else:
-        answers = (str(answer),)
+    answers: tuple[str, ...] = (str(answer), *(map(str, answer) if isinstance(answer, list) else ()))
     if own == "choice_eng":
         choices = tuple(turn["options"])
         listed = "".join(f"\n{letter}. {text}" for letter, text in zip(LETTERS, choices, strict=True))
-        question, answers = question + listed, (LETTERS[choices.index(answer)], str(answer))
-    elif own == "mf":
+        # The first question is worded in another way, slip included.
+        question += f"{listed}\n\nThe {'letter of the' if at else 'the'} correct answer is"
+        answers = (LETTERS[choices.index(answer)], str(answer))
+        answers = answers[::-1] if published else answers
+    elif own == "mf" and at:
         question = f"{_target(question)}\n\n{question}"
     elif own == "repoqa":
-        choices = tuple(functions)
-    elif own == "vt" and len(answers) == 1:
-        answers = (answers[0], answers[0])
+        known = functions.get(row.get("repo", ""), ())
+        choices = tuple(code for _, code in known)
+        if published:
+            _need(row, row.get("id", 0), "lang")
+            _need(turn, at, "name", what="turn")
+            scorer = _repoqa(scorer, str(row["lang"]))
+            answers += tuple(code for name, code in known if name == turn["name"] and code != answers[0])
+    elif own == "vt" and len(answers) == 1 and not published:
+        answers *= 2
     return Turn(
         question=question,
         answers=answers,
-        scorer=spec.scorer if published else spec.corrected,
-        max_new_tokens=spec.tokens,
+        scorer=scorer,
+        max_new_tokens=spec.tokens if own == name else spec.mixed,
         depth=_depth(context, str(answer)),
         choices=choices,
     )
+
+
+def _repoqa(scorer: str, language: str) -> str:
+    """The published scorer of a language; refused before a model answers rather than after."""
+    repoqa_scorer.check(language)
+    return scorer if language == "python" else f"{scorer}:{language}"
 
 
 # --------------------------------------------------------------------------------------- RULER
@@ -330,14 +384,14 @@ LONGBENCH: Mapping[str, tuple[Category, str, int]] = {
     "hotpotqa": ("semantic", "longbench:qa", 32),
     "2wikimqa": ("semantic", "longbench:qa", 32),
     "musique": ("semantic", "longbench:qa", 32),
-    "dureader": ("semantic", "longbench:qa_zh", 128),
+    "dureader": ("semantic", "longbench:rouge_zh", 128),
     "gov_report": ("global", "longbench:rouge", 512),
     "qmsum": ("global", "longbench:rouge", 512),
     "multi_news": ("global", "longbench:rouge", 512),
-    "vcsum": ("global", "longbench:qa_zh", 512),
+    "vcsum": ("global", "longbench:rouge_zh", 512),
     "trec": ("global", "longbench:classes", 64),
-    "triviaqa": ("global", "longbench:qa", 32),
-    "samsum": ("global", "longbench:rouge", 128),
+    "triviaqa": ("global", "longbench:qa_line", 32),
+    "samsum": ("global", "longbench:rouge_line", 128),
     "lsht": ("global", "longbench:classes", 64),
     "passage_count": ("global", "longbench:number", 32),
     "passage_retrieval_en": ("semantic", "longbench:number", 32),
@@ -435,6 +489,7 @@ def _choice_row(row: Row, number: int, count: Count) -> Example:
 #: by benchmark; all take the source and ``count``
 READERS: Mapping[str, Callable[..., Iterable[Example]]] = {
     "scbench": scbench,
+    "scbench-published": partial(scbench, published=True),
     "ruler": ruler,
     "longbench": longbench,
 }

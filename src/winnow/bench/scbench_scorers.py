@@ -6,19 +6,18 @@ wrong here, and is what the scorers of `winnow.bench.scorers` correct:
 ``scbench:kv``, ``scbench:prefix_suffix``
     The label anywhere in the answer, also inside a longer string.
 ``scbench:vt``
-    Share of the labels found, rounded to two digits, also inside longer words.  A label that is a
-    plain string is compared character by character.
+    Share of the labels found, rounded to two digits, also inside longer words.
 ``scbench:qa_eng``, ``scbench:many_shot``
     1 if any label occurs anywhere.  SCBench's many-shot labels are plain strings, over whose
-    *characters* the published loop runs: nearly every answer scores 1.  Here, too, for
-    ``scbench:many_shot``.
+    *characters* the published loop runs: nearly every answer scores 1.
 ``scbench:choice_eng``
     Any answer that starts with A, B, C or D is read as that letter, so the exact text of the right
     choice scores 0 if it starts with another of these letters.
 ``scbench:qa_chn``
-    F1 over characters.
+    F1 over characters, the best of the labels.
 ``scbench:mf``
-    The first digits of the answer: "the 2nd largest is 98" reads as 2; signs are lost.
+    The first digits of the answer: "the 2nd largest is 98" reads as 2; signs are lost.  Decimals are
+    cut off where the label is an integer.
 ``scbench:passkey``
     The first run of digits equals the label.
 ``scbench:summary``
@@ -27,8 +26,11 @@ wrong here, and is what the scorers of `winnow.bench.scorers` correct:
     1 if sentence BLEU (words split at spaces, smoothing method 4) with the right function is at
     least 0.8 and higher than with every other function asked for about the same repository.  So an
     example's score depends on which other examples are in the run; here the other functions are the
-    turn's ``choices``, nothing is kept.  An exact match of fewer than four words scores 0.  The
-    published code cuts the function out of the answer with a parser; here it is the first block.
+    turn's ``choices``, nothing is kept.  An exact match of fewer than four words scores 0; so does a
+    right answer whose code block begins with another function.  See `winnow.bench.repoqa_scorer`.
+
+The loops of vt, many_shot and qa_chn run over the *characters* of a label that is a plain string.  A
+turn has such a label where it has one answer; of a list, ``answers[1:]`` are the members.
 """
 
 from __future__ import annotations
@@ -37,12 +39,12 @@ import re
 import string
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from math import exp, log
 from types import MappingProxyType
 
+from winnow.bench.repoqa_scorer import REPOQA
 from winnow.bench.tasks.example import Turn
 
-__all__ = ["SCBENCH", "bleu", "rouge_lsum"]
+__all__ = ["SCBENCH", "character_f1", "common", "rouge_lsum"]
 
 #: punctuation of both scripts that the published character F1 leaves out
 MARKS = string.punctuation + (
@@ -56,20 +58,25 @@ def contains(turn: Turn, answer: str) -> float:
     return float(turn.answers[0] in answer)
 
 
+def _labels(turn: Turn) -> Sequence[str]:
+    """What the published loops run over: the members of a list, or the characters of a plain string."""
+    return turn.answers[1:] or turn.answers[0]
+
+
 def share(turn: Turn, answer: str) -> float:
-    """Share of the labels (``answers[1:]``, if there are several) that are substrings."""
-    labels = turn.answers[1:] or turn.answers[0]
+    """Share of the labels that are substrings."""
+    labels = _labels(turn)
     return round(sum(label.lower() in answer.lower() for label in labels) / len(labels), 2)
 
 
 def any_of(turn: Turn, answer: str) -> float:
-    """Any label is a substring."""
+    """Any answer is a substring."""
     return float(any(label.upper() in answer.strip().upper() for label in turn.answers))
 
 
-def any_character(turn: Turn, answer: str) -> float:
-    """Any character of the label is in the answer."""
-    return float(any(character.upper() in answer.strip().upper() for character in turn.answers[0]))
+def any_label(turn: Turn, answer: str) -> float:
+    """Any label is a substring."""
+    return float(any(label.upper() in answer.strip().upper() for label in _labels(turn)))
 
 
 def first_letter(turn: Turn, answer: str) -> float:
@@ -93,22 +100,29 @@ def first_letter(turn: Turn, answer: str) -> float:
 
 def character_f1(turn: Turn, answer: str) -> float:
     """F1 over characters without punctuation and spaces; the best of the answers."""
+    return max(_character_f1(label, answer) for label in turn.answers)
 
-    def bare(text: str) -> Counter[str]:
-        return Counter(c for c in text.lower() if c not in MARKS and not c.isspace())
 
-    def f1(label: str) -> float:
-        given, wanted = bare(answer), bare(label)
-        same = (given & wanted).total()
-        return 2 * same / (given.total() + wanted.total()) if same else 0.0
+def label_f1(turn: Turn, answer: str) -> float:
+    """The same, the best of the labels."""
+    return max(_character_f1(label, answer) for label in _labels(turn))
 
-    return max(f1(label) for label in turn.answers)
+
+def _character_f1(label: str, answer: str) -> float:
+    given, wanted = (
+        Counter(c for c in text.lower() if c not in MARKS and not c.isspace()) for text in (answer, label)
+    )
+    same = (given & wanted).total()
+    return 2 * same / (given.total() + wanted.total()) if same else 0.0
 
 
 def first_number(turn: Turn, answer: str) -> float:
-    """The first digits (with decimals) equal the label, an integer."""
+    """The first digits (with decimals) equal the label; an integer by what stands before the point."""
     found = re.search(r"\d+\.\d+|\d+", answer)
-    return float(found is not None and int(float(found[0])) == int(turn.answers[0]))
+    if found is None:
+        return 0.0
+    given, label = float(found[0]), turn.answers[0]
+    return float((given if "." in label else given // 1) == float(label))
 
 
 def first_digits(turn: Turn, answer: str) -> float:
@@ -122,43 +136,6 @@ def summary(turn: Turn, answer: str) -> float:
     return rouge_lsum(answer, turn.answers[0])
 
 
-def function(turn: Turn, answer: str) -> float:
-    """The right function is the most similar one, and similar enough."""
-    fenced = re.search(r"^```(?:\w+)?\s*\n(.*?)(?=^```)```", answer.strip(), re.DOTALL | re.MULTILINE)
-    given = (fenced[1] if fenced else answer).split()
-    right = bleu(given, turn.answers[0].split())
-    others = (bleu(given, other.split()) for other in turn.choices if other != turn.answers[0])
-    return float(right >= 0.8 and all(right > other for other in others))
-
-
-def bleu(given: Sequence[str], wanted: Sequence[str]) -> float:
-    """Sentence BLEU of up to four words with smoothing method 4 (Chen and Cherry, 2014).
-
-    The i-th order without a match counts as ``log(n) / (5 * 2**i)`` matches, ``n`` the answer's
-    length and ``i`` the number of such orders so far; of a single word such orders do not count.
-    """
-    if not given:
-        return 0.0
-    logs, empty = 0.0, 0
-    for order in range(1, 5):
-        have, want = _ngrams(given, order), _ngrams(wanted, order)
-        matches: float = (have & want).total()
-        if order == 1 and not matches:
-            return 0.0
-        if not matches and len(given) > 1:
-            empty += 1
-            matches = log(len(given)) / (5 * 2**empty)
-        if not matches:
-            continue
-        logs += log(matches / max(1, have.total())) / 4
-    brevity = 0.0 if len(given) > len(wanted) else 1 - len(wanted) / len(given)
-    return exp(brevity + logs)
-
-
-def _ngrams(words: Sequence[str], n: int) -> Counter[tuple[str, ...]]:
-    return Counter(tuple(words[i : i + n]) for i in range(len(words) - n + 1))
-
-
 def rouge_lsum(given: str, wanted: str) -> float:
     """ROUGE-Lsum (Lin 2004, section 3.2): F1 of the union of common subsequences, line by line."""
     ours = [_words(line) for line in given.split("\n") if _words(line)]
@@ -170,7 +147,7 @@ def rouge_lsum(given: str, wanted: str) -> float:
     hits = 0
     for line in theirs:
         # A word counts once per place in the reference, and not more often than it was given.
-        for index in sorted(set().union(*(_common(line, other) for other in ours))):
+        for index in sorted(set().union(*(common(line, other) for other in ours))):
             if left[line[index]] > 0:
                 left[line[index]] -= 1
                 hits += 1
@@ -181,7 +158,7 @@ def _words(text: str) -> list[str]:
     return re.sub(r"[^a-z0-9]+", " ", text.lower()).split()
 
 
-def _common(line: Sequence[str], other: Sequence[str]) -> set[int]:
+def common(line: Sequence[str], other: Sequence[str]) -> set[int]:
     """Indices of ``line`` that are part of one longest common subsequence with ``other``."""
     table = [[0] * (len(other) + 1) for _ in range(len(line) + 1)]
     for i, word in enumerate(line):
@@ -206,12 +183,12 @@ SCBENCH: Mapping[str, Callable[[Turn, str], float]] = MappingProxyType(
         "scbench:prefix_suffix": contains,
         "scbench:vt": share,
         "scbench:qa_eng": any_of,
-        "scbench:qa_chn": character_f1,
+        "scbench:qa_chn": label_f1,
         "scbench:choice_eng": first_letter,
         "scbench:mf": first_number,
         "scbench:passkey": first_digits,
-        "scbench:many_shot": any_character,
+        "scbench:many_shot": any_label,
         "scbench:summary": summary,
-        "scbench:repoqa": function,
+        **REPOQA,
     }
 )
