@@ -13,6 +13,7 @@
 #include "pointwise.h"
 #include "prefill.h"
 #include "quantize.h"
+#include "recurrence.h"
 #include "top_k.h"
 
 namespace winnow {
@@ -27,6 +28,7 @@ struct KernelTable {
   QuantizeKernels quantize;
   PointwiseKernels pointwise;
   NearestKernels nearest;
+  RecurrenceKernels recurrence;
   CodedKernels coded;
   MergeKernels merge;
 };
