@@ -28,9 +28,9 @@ struct KernelTable {
   QuantizeKernels quantize;
   PointwiseKernels pointwise;
   NearestKernels nearest;
-  RecurrenceKernels recurrence;
   CodedKernels coded;
   MergeKernels merge;
+  RecurrenceKernels recurrence;
 };
 
 #define WINNOW_DECLARE_TABLE(isa) \

@@ -18,6 +18,7 @@ void bind_pointwise(nb::module_& m);
 void bind_nearest(nb::module_& m);
 void bind_coded_decode(nb::module_& m);
 void bind_merge(nb::module_& m);
+void bind_recurrence(nb::module_& m);
 }  // namespace winnow
 
 NB_MODULE(_native, m) {
@@ -35,4 +36,5 @@ NB_MODULE(_native, m) {
   winnow::bind_nearest(m);
   winnow::bind_coded_decode(m);
   winnow::bind_merge(m);
+  winnow::bind_recurrence(m);
 }

@@ -15,11 +15,12 @@ PointwiseKernels pointwise_kernels();
 NearestKernels nearest_kernels();
 CodedKernels coded_kernels();
 MergeKernels merge_kernels();
+RecurrenceKernels recurrence_kernels();
 
 const KernelTable* table() {
   static const KernelTable kernels{prefill_kernels(),  mass_kernels(),  decode_kernels(),   matvec_kernels(),
                                    key_scan_kernels(), top_k_kernels(), quantize_kernels(), pointwise_kernels(),
-                                   nearest_kernels(),  coded_kernels(),   merge_kernels()};
+                                   nearest_kernels(),  coded_kernels(),   merge_kernels(),    recurrence_kernels()};
   return &kernels;
 }
 
