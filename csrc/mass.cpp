@@ -22,7 +22,6 @@ namespace {
 constexpr int kKeys = kTilePanels * kPanel;   // entries of a micro-tile
 constexpr int kBlockRows = 8 * kTileRows;     // queries that are copied at a time
 constexpr int64_t kItemBytes = 64 << 10;      // packed keys of an item: they stay in the second-level cache
-constexpr double kOneThread = 2e6;            // multiplications below which waking a thread does not pay
 constexpr float kNothing = std::numeric_limits<float>::infinity();  // 2^(x - this) is 0
 
 // What the rows of a micro-tile see of its entries: row r those of [lo[r], hi[r]).
@@ -74,15 +73,12 @@ class Mass {
       : a_(args),
         D_(static_cast<int>(args.depth)),
         words_(D_ / Way::kPerWord),
+        maths_(tile_maths(args)),
         zeros_(static_cast<size_t>(args.depth)),
         lo_(static_cast<size_t>(args.kv_heads * args.tokens)),
         hi_(lo_.size()) {
-    maths_.plain_scale = a_.scale;
-    maths_.scale = a_.scale * kLog2E;
-    maths_.softcap = a_.softcap;
-    maths_.transforms = a_.softcap > 0 || a_.bias != nullptr;
     const double products = static_cast<double>(a_.tokens) * a_.kv_heads * a_.group * a_.width * D_;
-    threads_ = products < kOneThread ? 1 : omp_get_max_threads();
+    threads_ = threads_for(products);
     // Few long heads: smaller items, so that threads end together.
     entries_ = std::max<int64_t>(kKeys, kItemBytes / (words_ * 4) / kKeys * kKeys);
     while (entries_ > kKeys && a_.kv_heads * a_.width < 8 * threads_ * entries_) entries_ = entries_ / 2 / kKeys * kKeys;
@@ -223,9 +219,9 @@ class Mass {
 
   const MassArgs& a_;
   const int D_, words_;
+  const TileMaths maths_;
   const std::vector<Input> zeros_;
   std::vector<int32_t> lo_, hi_;  // [H, T]
-  TileMaths maths_;
   int threads_;
   int64_t entries_;  // of an item
   int64_t thread_bytes_ = 0;

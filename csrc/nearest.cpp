@@ -4,11 +4,8 @@
 // products are only scaled by the hosts' norms before they are compared, in registers.
 #include "nearest.h"
 
-#include <omp.h>
-
 #include <algorithm>
 #include <cmath>
-#include <limits>
 #include <vector>
 
 #include "prefill_pack.h"
@@ -21,7 +18,6 @@ namespace {
 
 constexpr int kKeys = kTilePanels * kPanel;  // hosts of a micro-tile
 constexpr int kBlockRows = 8 * kTileRows;    // rows that are copied at a time
-constexpr double kOneThread = 2e6;           // multiplications below which waking a thread does not pay
 constexpr float kLeastNorm = 1e-12f;         // as torch.nn.functional.normalize has it
 thread_local Scratch scratch;
 
@@ -68,7 +64,7 @@ class Nearest {
     pack();
     const int64_t blocks = (a_.n_rows + kBlockRows - 1) / kBlockRows;
     const double products = static_cast<double>(a_.n_rows) * static_cast<double>(a_.n_hosts) * D_;
-    const int threads = products < kOneThread ? 1 : omp_get_max_threads();
+    const int threads = threads_for(products);
     if (threads == 1) {
       std::vector<uint32_t> words(static_cast<size_t>(kBlockRows * words_));
       for (int64_t b = 0; b < blocks; ++b) compare(b * kBlockRows, words.data());

@@ -23,7 +23,6 @@ namespace {
 constexpr int kItemRows = 256;  // rows of an item that shares its panels
 constexpr int64_t kTileBytes = 128 << 10;  // packed keys and values of a tile
 constexpr int64_t kPackedBytes = 16 << 20;  // packed heads at once, and what is kept between calls
-constexpr double kOneThread = 2e6;        // multiplications
 constexpr int64_t kAhead = 32;  // entries that packing fetches ahead of what it reads
 constexpr int kListRows = 512;  // rows of an item that packs a gathered list: they pay for the packing
 
@@ -51,20 +50,18 @@ class Prefill {
 
  public:
   explicit Prefill(const PrefillArgs& args)
-      : a_(args), D_(static_cast<int>(args.depth)), zeros_(static_cast<size_t>(args.depth)) {
+      : a_(args),
+        D_(static_cast<int>(args.depth)),
+        maths_(tile_maths(args)),
+        zeros_(static_cast<size_t>(args.depth)) {
     words_ = D_ / Way::kPerWord;
     panel_words_ = panel_words<Way>(D_);
     for (int64_t h = 0; h < a_.kv_heads; ++h) longest_ = std::max<int64_t>(longest_, a_.lengths[h]);
-    maths_.plain_scale = a_.scale;
-    maths_.scale = a_.scale * kLog2E;
-    maths_.softcap = a_.softcap;
-    maths_.transforms = a_.softcap > 0 || a_.bias != nullptr;
     // A tile of keys and values stays in the second-level cache while every group of rows passes over it.
     tile_panels_ = std::clamp<int64_t>(kTileBytes / (2 * panel_words_ * 4), 4, kMaxPanels);
     gathers_ = a_.form == PrefillForm::lists && a_.unit % kPanel != 0;
-    // Waking other threads costs more than this much work.
     const double products = static_cast<double>(a_.tokens) * a_.kv_heads * a_.group * longest_ * D_;
-    threads_ = products < kOneThread ? 1 : omp_get_max_threads();
+    threads_ = threads_for(products);
     const int64_t rows = a_.tokens * a_.group;
     packs_ = gathers_ || (a_.form != PrefillForm::lists && rows <= kItemRows && a_.kv_heads >= threads_);
     item_rows_ = gathers_ ? kListRows : kItemRows;
@@ -503,11 +500,11 @@ class Prefill {
 
   const PrefillArgs& a_;
   const int D_;
+  const TileMaths maths_;
   const std::vector<Input> zeros_;
   int words_;
   int64_t panel_words_, tile_panels_;
   int64_t longest_ = 0;
-  TileMaths maths_;
   bool gathers_, packs_;  // lists of single entries; items pack their own panels
   int threads_;
   int64_t item_rows_;

@@ -4,10 +4,13 @@
 // of 16 keys; a V panel holds, for each word along its 16 keys, that word of every output dimension. Both
 // are read with full vectors while one word of the query (of the weights) is broadcast.
 #pragma once
+#include <omp.h>
+
 #include <cmath>
 #include <limits>
 
 #include "prefill_simd.h"
+#include "queries_and_entries.h"
 
 namespace winnow {
 namespace WINNOW_ISA {
@@ -21,6 +24,9 @@ constexpr float kNoMax = -std::numeric_limits<float>::infinity();
 // Weights are exponentials against a reference that may lag behind the row's maximum by this many powers
 // of two; only then are the row's sums rescaled. The result is exact either way.
 constexpr float kLag = 8.f;
+
+// Threads for so many multiplications: below some, waking another does not pay.
+static inline int threads_for(double products) { return products < 2e6 ? 1 : omp_get_max_threads(); }
 
 // Slots of a list that a row sees: [a0, a1) and [b0, b1), with a1 <= b0.
 struct Visible {
@@ -40,6 +46,10 @@ struct TileMaths {
   float plain_scale, softcap;
   bool transforms;  // softcap or bias
 };
+
+static inline TileMaths tile_maths(const QueriesAndEntries& a) {
+  return {a.scale * kLog2E, a.scale, a.softcap, a.softcap > 0 || a.bias != nullptr};
+}
 
 // A group's state; row r of the group is at [r].
 struct Group {
