@@ -65,10 +65,36 @@ auto giving(DecodeArgs (*operands)(Operand...), float* DecodeArgs::*more, int64_
   };
 }
 
+// The same with keys that are rebuilt; what says how comes first.
+template <class... Operand>
+auto rebuilding(DecodeArgs (*operands)(Operand...)) {
+  return [=](uintptr_t left, int64_t left_row, int64_t left_start, uintptr_t right, int64_t right_head, int64_t rank,
+             uintptr_t coarse, uintptr_t fine, int64_t coarse_start, uintptr_t partner, Operand... operand, uintptr_t logits,
+             int64_t logits_head) {
+    const Rebuilt keys{reinterpret_cast<const void*>(left),
+                       left_row,
+                       left_start,
+                       reinterpret_cast<const void*>(right),
+                       right_head,
+                       rank,
+                       reinterpret_cast<const float*>(coarse),
+                       reinterpret_cast<const float*>(fine),
+                       coarse_start,
+                       reinterpret_cast<const int32_t*>(partner)};
+    DecodeArgs a = operands(operand...);
+    a.rebuilt = &keys;
+    a.logits = reinterpret_cast<float*>(logits);
+    a.logits_head = logits_head;
+    nb::gil_scoped_release release;
+    return table().decode.decode(a);
+  };
+}
+
 }  // namespace
 
 void bind_decode(nb::module_& m) {
   m.def("decode", giving(operands, &DecodeArgs::logits, &DecodeArgs::logits_head));
+  m.def("rebuilt_decode", rebuilding(operands));
   m.def("decode_mass", giving(operands, &DecodeArgs::mass, &DecodeArgs::mass_head));
 }
 

@@ -16,14 +16,6 @@ inline void exactly(float x, bf16* out) {
   *out = static_cast<bf16>(bits >> 16);
 }
 
-// To nearest even; x is finite. Without the branch of from_float, so that loops over it become vectors.
-inline void rounded(float x, float* out) { *out = x; }
-inline void rounded(float x, bf16* out) {
-  uint32_t bits;
-  std::memcpy(&bits, &x, 4);
-  *out = static_cast<bf16>((bits + 0x7fffu + ((bits >> 16) & 1)) >> 16);
-}
-
 // to[d] = code[d] - centre
 template <int bits, typename T>
 inline void numbers(const uint8_t* codes, int dim, T* to) {

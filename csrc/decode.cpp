@@ -6,6 +6,7 @@
 // is asked for, chunks keep their weights until the sums that they are divided by are known.
 #include "decode.h"
 
+#include <memory>
 #include <stdexcept>
 
 #ifdef _OPENMP
@@ -13,6 +14,7 @@
 #endif
 
 #include "online_softmax.h"
+#include "rebuild.h"
 #include "scratch.h"
 
 namespace winnow {
@@ -110,7 +112,12 @@ template <typename T>
 class Worker {
  public:
   explicit Worker(const DecodeArgs& args)
-      : a_(args), dim_(static_cast<int>(args.dim)), passes_(static_cast<size_t>((args.group + HEADS - 1) / HEADS)) {}
+      : a_(args),
+        dim_(static_cast<int>(args.dim)),
+        made_(args.k_mask || args.rebuilt),
+        passes_(static_cast<size_t>((args.group + HEADS - 1) / HEADS)) {
+    if (args.rebuilt) rebuild_ = std::make_unique<Rebuild<T>>(args);
+  }
 
   // Attention over one chunk. `result` gets {maximum, sum, weighted sum[D]} per query head; `kept` the weights, where
   // there is any. Returns entries read.
@@ -134,7 +141,7 @@ class Worker {
     // A block of rows, and behind it those that come next, the other phase's first ones among them. The
     // hardware's prefetcher follows a dense read better than prefetch instructions do, but not a list.
     const T* rows[BLOCK + AHEAD];
-    const T* const* ahead = row.listed && !a_.k_mask ? rows + AHEAD : nullptr;
+    const T* const* ahead = row.listed && !made_ ? rows + AHEAD : nullptr;
     if (ahead) {
       const int first = point(rows, false, 0, std::min<int64_t>(AHEAD, n));
       for (int i = 0; i < first; ++i) prefetch_row(rows[i], dim_ * static_cast<int>(sizeof(T)));
@@ -232,6 +239,10 @@ class Worker {
     return to;
   }
 
+  int64_t position(int64_t e) const {
+    return a_.positions ? a_.positions[head_ * a_.positions_head + e] : a_.start + e;
+  }
+
   int64_t entry(int64_t i) const { return row_->listed ? entries_[static_cast<size_t>(i)] : first_ + i; }
 
   // Pointers to rows of K or V from entry i on and below `end`, and behind them to rows then..last - 1 of the
@@ -239,10 +250,10 @@ class Worker {
   // ever added for no entry: all other blocks of V are whole, and padded logits are overwritten.
   void point(const T** to, bool values, int64_t i, int64_t end, int64_t then, int64_t last) const {
     alignas(64) static const T zeros[MAX_DIM] = {};
-    const int all = row_->listed && !a_.k_mask ? BLOCK + AHEAD : BLOCK;
+    const int all = row_->listed && !made_ ? BLOCK + AHEAD : BLOCK;
     int have = point(to, values, i, std::min(end, i + all));
-    // Expanded rows share one buffer: what comes next would overwrite what is read now.
-    if (!a_.k_mask) have += point(to + have, !values, then, std::min(last, then + all - have));
+    // Rows that are made here share one buffer: what comes next would overwrite what is read now.
+    if (!made_) have += point(to + have, !values, then, std::min(last, then + all - have));
     for (int j = have; j < all; ++j) to[j] = zeros;
   }
 
@@ -251,7 +262,12 @@ class Worker {
     const T* base = values ? v_ : k_;
     const int64_t stride = values ? a_.v_row : a_.k_row;
     const int have = static_cast<int>(std::max<int64_t>(0, end - i));
-    if (a_.k_mask) {
+    if (a_.rebuilt && !values) {
+      int64_t at[BLOCK];
+      for (int j = 0; j < have; ++j) at[j] = position(entry(i + j));
+      if (have) rebuild_->rows(head_, at, have, wide_);
+      for (int j = 0; j < have; ++j) to[j] = wide_ + j * MAX_DIM;
+    } else if (a_.k_mask) {
       for (int j = 0; j < have; ++j) to[j] = expanded(base, stride, values, entry(i + j), j);
     } else if (row_->listed) {
       for (int j = 0; j < have; ++j) to[j] = base + entries_[static_cast<size_t>(i + j)] * stride;
@@ -312,12 +328,14 @@ class Worker {
 
   const DecodeArgs& a_;
   const int dim_;
+  const bool made_;  // rows of K, and with masks of V, are written to a buffer before they are read
   std::vector<Pass> passes_;
   std::vector<int32_t> entries_;
   const Row* row_ = nullptr;
   const T *k_ = nullptr, *v_ = nullptr;
   int64_t first_ = 0, head_ = 0;
-  alignas(64) mutable T wide_[BLOCK * MAX_DIM];  // expanded rows of a block; touched only where there are masks
+  std::unique_ptr<Rebuild<T>> rebuild_;
+  alignas(64) mutable T wide_[BLOCK * MAX_DIM];  // rows of a block that are made, not stored
 };
 
 template <typename T>

@@ -5,6 +5,19 @@
 
 namespace winnow {
 
+// Keys that are not stored: that of head h at position p is left[p - left_start] . right[h], turned to p.
+struct Rebuilt {
+  const void* left;  // [n, rank], rows left_row elements apart
+  int64_t left_row, left_start;
+  const void* right;  // [H, rank, D]; heads right_head elements apart
+  int64_t right_head, rank;  // the rank is even
+  // Turned by p, channel d is x[d] cosine + x[partner[d]] sine. Angles are those of the multiples of 64 from
+  // 64 * coarse_start on, and of 0 to 63: rows of D cosines and D signed sines. No partners: nothing turns.
+  const float *coarse, *fine;
+  int64_t coarse_start;
+  const int32_t* partner;
+};
+
 struct DecodeArgs {
   const void* q;  // [H * G, D] contiguous
   const void* k;  // [H, C, D]; strides below, in elements; the last dimension is contiguous
@@ -15,6 +28,7 @@ struct DecodeArgs {
   const uint8_t *k_mask, *v_mask;
   int64_t k_mask_head, v_mask_head;  // bytes
   int64_t kept;                      // values of a row
+  const Rebuilt* rebuilt;            // in place of k, or null
   int64_t capacity;        // C
   const int32_t* lengths;  // [H]
   int64_t heads, group, dim;

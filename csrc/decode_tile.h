@@ -50,6 +50,14 @@ inline void from_float(float x, bf16* out) {
   *out = static_cast<bf16>((bits + 0x7fffu + ((bits >> 16) & 1)) >> 16);
 }
 
+// To nearest even; x is finite. Without the branch of from_float, so that loops over it become vectors.
+inline void rounded(float x, float* out) { *out = x; }
+inline void rounded(float x, bf16* out) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  *out = static_cast<bf16>((bits + 0x7fffu + ((bits >> 16) & 1)) >> 16);
+}
+
 // Sixteen floats: four entries of HEADS heads. The compiler maps them to what the instruction set has.
 constexpr int LANES = 16;
 typedef float Vec __attribute__((vector_size(64)));
