@@ -13,7 +13,9 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invaria
 from winnow.retrieval.protocol import Match
 from winnow.retrieval.radix import Radix, RadixPool, _Node
 from winnow.retrieval.radix import _key as keyed
+from winnow.retrieval.slab import Slab
 from winnow.store import SequenceStore
+from winnow.store.codecs import CODECS, EncodedSegment
 from winnow.types import Plan, Segment
 
 LAYERS, HEADS, D = 2, 2, 8
@@ -55,7 +57,7 @@ def check_content(match: Match, tokens: list[int], salt: int = 0) -> None:
 
 def held_by_nodes(pool: RadixPool) -> tuple[int, int]:
     """Bytes by walking the tree (independent of the pool's own count), and the number of nodes."""
-    slabs: dict[int, tuple[object, set[int]]] = {}
+    slabs: dict[int, tuple[Slab, list[set[int]]]] = {}
     nodes = 0
     todo = [root for root, _ in pool._roots.values()]
     while todo:
@@ -68,12 +70,15 @@ def held_by_nodes(pool: RadixPool) -> tuple[int, int]:
         if node.slab is None:
             continue
         nodes += 1
-        row = node.slab.form.head_dim * node.slab.form.dtype.itemsize
-        pages = {token * row // 4096 for token in range(node.first, node.first + node.tokens)}
-        pages |= {(token * row + row - 1) // 4096 for token in range(node.first, node.first + node.tokens)}
-        slabs.setdefault(id(node.slab), (node.slab, set()))[1].update(pages)
-    total = sum(len(pages) * 4096 * slab.form.rows for slab, pages in slabs.values())
-    resident = sum(slab._arena.resident() for slab, _ in slabs.values())
+        planes = node.slab.form.planes
+        _, held = slabs.setdefault(id(node.slab), (node.slab, [set() for _ in planes]))
+        for plane, pages in zip(planes, held, strict=True):
+            row = plane.width * plane.dtype.itemsize
+            for token in range(node.first, node.first + node.tokens):
+                first = token // plane.entries * row
+                pages.update(range(first // 4096, (first + row - 1) // 4096 + 1))
+    total = sum(len(p) * 4096 * sum(slab.form.heads) for slab, held in slabs.values() for p in held)
+    resident = sum(slab.resident() for slab, _ in slabs.values())
     assert resident == total
     return total, nodes
 
@@ -354,3 +359,99 @@ def test_a_memory_page_that_two_nodes_share_lives_as_long_as_either() -> None:
     assert pool.match([1] * 4 + [2] * 5, "a").length == 4
     check_content(held, [1] * 4)
     assert pool.bytes() == held_by_nodes(pool)[0] == 3 * PAGE_BYTES
+
+
+# --------------------------------------------------------------------------- in a codec
+
+WIDE = 64  # a codec's groups are this wide
+
+
+def wide(tokens: list[int]) -> list[list[Segment]]:
+    """Entries of every token and what came before it, as random as real ones."""
+    layers = []
+    for layer in range(LAYERS):
+        sums = torch.tensor(tokens, dtype=torch.float32).cumsum(0)
+        phase = sums[None, :, None] * 0.37 + torch.arange(WIDE) + torch.arange(HEADS)[:, None, None] + layer
+        k, v = phase.sin().bfloat16(), phase.cos().bfloat16()
+        layers.append([Segment(k=k, v=v, lengths=torch.full((HEADS,), len(tokens), dtype=torch.int32))])
+    return layers
+
+
+def check_coded(match: Match, tokens: list[int], codec: str) -> None:
+    """The pool holds what the codec makes of the entries, page by page, and nothing was rounded twice."""
+    form = CODECS[codec]
+    for wanted, segments in zip(wide(tokens), match.layers, strict=True):
+        at = 0
+        for segment in segments:
+            assert isinstance(segment, EncodedSegment)
+            n = int(segment.lengths[0])
+            assert segment.codec == codec
+            assert segment.start == at
+            for head in range(HEADS):
+                rows = form.encode(wanted[0].k[head, at : at + n], wanted[0].v[head, at : at + n])
+                for table, row in zip(segment.rows, rows, strict=True):
+                    assert torch.equal(table[head, : len(row)], row)
+            at += n
+        assert at == match.length
+
+
+@pytest.mark.parametrize("codec", [name for name in CODECS if name != "raw"])
+def test_a_pool_in_a_codec_splits_evicts_and_counts(codec: str) -> None:
+    pool = Radix(codec=codec).pool()
+    long = [n % 50 for n in range(1024)]
+    other = [*long[:448], *[7] * 320]
+    assert pool.insert(long, "a", wide(long), codec) == 1024
+    assert pool.insert(other, "a", wide(other), codec) == 320
+    assert pool.bytes() == held_by_nodes(pool)[0]
+    for tokens in (long, other):
+        match = pool.match([*tokens, 0], "a")
+        assert match.length == len(tokens)
+        check_coded(match, tokens, codec)
+        pool.release(match)
+    kept = pool.match([*other, 0], "a")
+    pool.clear()
+    assert pool.match([*long, 0], "a").length == 448
+    assert pool.bytes() == held_by_nodes(pool)[0]
+    check_coded(kept, other, codec)
+
+
+@pytest.mark.parametrize("codec", [name for name in CODECS if name != "raw"])
+def test_a_pool_in_a_codec_holds_more(codec: str) -> None:
+    tokens = [n % 50 for n in range(16384)]
+    raw, coded = Radix().pool(), Radix(codec=codec).pool()
+    raw.insert(tokens, "a", wide(tokens))
+    coded.insert(tokens, "a", wide(tokens), codec)
+    most = {"int8": 0.53, "int4": 0.32, "int2": 0.2}[codec]
+    assert coded.bytes() < most * raw.bytes()
+
+
+def test_what_a_pool_gave_in_its_codec_goes_back_as_it_is() -> None:
+    """A sequence that read a prefix from the pool offers it again, after the pool has lost it."""
+    tokens = [n % 50 for n in range(320)]
+    pool = Radix(codec="int4").pool()
+    pool.insert(tokens[:192], "a", wide(tokens[:192]), "int4")
+    match = pool.match(tokens, "a")
+    assert match.length == 192
+    with SequenceStore(
+        layers=LAYERS, heads=HEADS, head_dim=WIDE, dtype=torch.bfloat16, capacity=1024
+    ) as store:
+        store.adopt(match.layers, match.length)
+        for layer, (segment,) in enumerate(wide(tokens)):
+            k, v = (side[:, 192:].transpose(0, 1) for side in (segment.k, segment.v))
+            store.append(layer, k, v, torch.arange(192, 320))
+        store.advance(128)
+        fresh = Radix(codec="int4").pool()
+        layers = [store.segments(layer) for layer in range(LAYERS)]
+        assert fresh.insert(tokens, "a", layers, "int4") == 320
+        check_coded(fresh.match([*tokens, 0], "a"), tokens, "int4")
+        with pytest.raises(ValueError, match="in int4"):
+            Radix().pool().insert(tokens, "a", layers)
+        with pytest.raises(ValueError, match="model or codec"):
+            fresh.insert(tokens, "a", wide(tokens))
+
+
+def test_codecs_and_pages_that_will_not_do_are_refused() -> None:
+    with pytest.raises(ValueError, match="no codec 'thin:16'"):
+        Radix(codec="thin:16")
+    with pytest.raises(ValueError, match="multiple"):
+        Radix(codec="int8", page=16)

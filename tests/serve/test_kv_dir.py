@@ -1,4 +1,4 @@
-"""Finished sequences outlive the process: exact, bounded, and torn files go."""
+"""Finished sequences outlive the process: packed without loss, bounded, and torn files go."""
 
 from __future__ import annotations
 
@@ -15,10 +15,13 @@ import pytest
 import torch
 
 from winnow.engine.engine import Engine
-from winnow.engine.request import SamplingParams
+from winnow.engine.request import Result, SamplingParams
 from winnow.methods import load
+from winnow.recipe import Recipe
 from winnow.retrieval.radix import Radix
 from winnow.serve.kv_dir import FilePool
+from winnow.store import files
+from winnow.store.form import stored_rows
 
 PAGE = 64
 RECIPE = load("prefix-reuse")
@@ -34,12 +37,18 @@ def opened(model, directory: Path, limit: int = 1 << 30, capacity: int = 64 << 2
     return FilePool(memory, directory, limit, model, page=PAGE, capacity=capacity)
 
 
-def answer(model, pool: FilePool, tokens: list[int], salt: str = "") -> tuple[list[int], int]:
-    engine = Engine(model, RECIPE)
+def finished(model, pool: FilePool, tokens: list[int], salt: str = "", recipe: Recipe = RECIPE) -> Result:
+    engine = Engine(model, recipe)
     engine.pool = pool
-    result = engine.submit(tokens, SamplingParams(max_new_tokens=4, ignore_eos=True), salt=salt)
+    params = SamplingParams(max_new_tokens=4, ignore_eos=True, logprobs=0)
+    result = engine.submit(tokens, params, salt=salt)
     while engine.busy:
         engine.step()
+    return result
+
+
+def answer(model, pool: FilePool, tokens: list[int], salt: str = "") -> tuple[list[int], int]:
+    result = finished(model, pool, tokens, salt)
     return result.token_ids, result.stats.tokens_reused
 
 
@@ -71,6 +80,89 @@ def test_a_longer_sequence_replaces_its_beginning(model, tmp_path):
     assert long != short
     assert answer(model, pool, tokens)[1] == 192
     pool.close()
+
+
+def test_files_are_smaller_than_memory_and_lose_nothing(model, tmp_path):
+    tokens = prompt(1000, 1)
+    pool = opened(model, tmp_path)
+    answer(model, pool, tokens)
+    held = pool.bytes()
+    before = entries(pool, tokens)
+    pool.close()
+    second = opened(model, tmp_path)
+    assert second.bytes_on_disk() < 0.9 * held  # float32: of four bytes, one shrinks
+    answer(model, second, tokens)
+    for one, other in zip(before, entries(second, tokens), strict=True):
+        assert torch.equal(one.view(torch.uint8), other.view(torch.uint8))
+    second.close()
+
+
+def entries(pool: FilePool, tokens: list[int]) -> list[torch.Tensor]:
+    """Copies of every table that the pool in memory has for a prompt."""
+    (namespace,) = pool._memory._roots
+    match = pool._memory.match([*tokens, 0], namespace)
+    rows = [stored_rows(segment).planes for layer in match.layers for segment in layer]
+    pool.release(match)
+    return [table.clone() for planes in rows for plane in planes for table in plane]
+
+
+@pytest.mark.parametrize("codec", ["int8", "int4"])
+def test_a_pool_in_a_codec_keeps_files_in_it_and_reuse_is_called_approximate(model, tmp_path, codec):
+    tokens, recipe = prompt(1000, 1), load("prefix-reuse", codec=codec)
+    first = opened(model, tmp_path)
+    exact = finished(model, first, tokens, "raw").samples[0]
+    cold = finished(model, first, tokens, recipe=recipe)
+    assert cold.samples[0].logprobs == exact.logprobs  # what was computed is not rounded
+    warm = finished(model, first, tokens, recipe=recipe)
+    assert (warm.stats.tokens_reused, warm.stats.tokens_approximate) == (0, 960)
+    first.close()
+    sizes = {files.read_header(file)["codec"]: file.stat().st_size for file in tmp_path.iterdir()}
+    assert sizes[codec] < {"int8": 0.4, "int4": 0.25}[codec] * sizes["raw"]
+    second = opened(model, tmp_path)
+    again = finished(model, second, tokens, recipe=recipe)
+    assert again.stats.tokens_approximate == 960
+    # The file holds the codec's bytes: nothing was decoded and encoded on the way.
+    assert again.samples[0].logprobs == warm.samples[0].logprobs
+    assert finished(model, second, tokens, "raw").samples[0].logprobs == exact.logprobs
+    second.close()
+
+
+def test_raw_files_of_earlier_versions_are_served(model, tmp_path, monkeypatch):
+    tokens = prompt(400, 1)
+    save = files.save
+    monkeypatch.setattr(
+        files, "save", lambda store, path, header, **_: save(store, path, {"pages": header["pages"]})
+    )
+    pool = opened(model, tmp_path)
+    cold = answer(model, pool, tokens)[0]
+    pool.close()
+    monkeypatch.undo()
+    again = opened(model, tmp_path)
+    assert answer(model, again, tokens) == (cold, 384)
+    again.close()
+
+
+def test_a_codec_is_served_beside_exact_reuse_and_told_apart(start, tmp_path):
+    recipes = {"full": Recipe(), "small": load("prefix-reuse", codec="int8")}
+    server = start(recipes=recipes, kv_dir=tmp_path)
+    client, body = server.client(), {"model": "tiny", "prompt": prompt(400, 1), "max_tokens": 2}
+
+    def told(recipe: str) -> tuple[int, int]:
+        details = client.completions.create(**body, extra_body={"recipe": recipe}).usage.prompt_tokens_details
+        return details.cached_tokens, details.approximate_tokens
+
+    assert [told("small"), told("full")] == [(0, 0), (0, 0)]
+    assert [told("small"), told("full")] == [(0, 384), (384, 0)]
+    server.worker.memory.pools[0].flush()
+    assert {files.read_header(file)["codec"] for file in tmp_path.iterdir()} == {"raw", "int8"}
+    with server.http() as http:
+        deadline = time.monotonic() + 10
+        while "disk/pool" not in (kinds := http.get("/stats").json()["kv_elsewhere"]):
+            assert time.monotonic() < deadline
+            client.completions.create(**body)
+        assert kinds["disk/pool"] == sum(file.stat().st_size for file in tmp_path.iterdir())
+    with pytest.raises(ValueError, match="page: 64"):
+        start(recipes={"odd": load("prefix-reuse", page=16)}, kv_dir=tmp_path / "other")
 
 
 def test_salts_and_models_do_not_meet(model, tmp_path):
@@ -141,10 +233,23 @@ def test_reading_a_file_stays_within_the_memory(model, tmp_path):
     pool = opened(model, tmp_path)
     answer(model, pool, tokens)
     pool.close()
-    size = next(iter(tmp_path.iterdir())).stat().st_size
-    pool = opened(model, tmp_path, capacity=size)  # too little for the file and its copy at a time
+    size = files.read_header(next(iter(tmp_path.iterdir())))["memory"]
+    pool = opened(model, tmp_path, capacity=2 * size - 1)  # too little for the file and its copy at a time
     assert answer(model, pool, tokens)[1] == 0
-    assert pool.bytes() <= size
+    pool.close()
+    pool = opened(model, tmp_path, capacity=2 * size)
+    peak = 0
+    insert = pool._memory.insert
+
+    def watched(*arguments) -> int:
+        nonlocal peak
+        new = insert(*arguments)
+        peak = max(peak, pool.bytes())
+        return new
+
+    pool._memory.insert = watched
+    assert answer(model, pool, tokens)[1] == 384
+    assert size < peak <= 2 * size
     pool.close()
 
 

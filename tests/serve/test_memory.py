@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import threading
 import time
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from winnow.methods import load, rows
 from winnow.models.load import load_model
 from winnow.models.swiftkv.model import transformed
 from winnow.recipe import Recipe
+from winnow.store.swap import Swap
 
 RECIPES = {
     "full": Recipe(),
@@ -36,9 +38,10 @@ def drained(engine: Engine) -> None:
         engine.step()
 
 
+@pytest.mark.parametrize(("place", "space"), [("swap", 1 << 20), ("disk", 0), ("disk", 4096)])
 @pytest.mark.parametrize("name", RECIPES)
 @pytest.mark.parametrize("steps", [0, 1, 5, 12])
-def test_a_suspended_request_goes_on_as_if_nothing_had_been(model, tmp_path, name, steps):
+def test_a_suspended_request_goes_on_as_if_nothing_had_been(model, tmp_path, name, steps, place, space):
     params = SamplingParams(max_new_tokens=12, temperature=0.8, seed=3, ignore_eos=True, logprobs=0)
 
     def run(interrupted: bool) -> tuple[list[int], object, object]:
@@ -49,12 +52,15 @@ def test_a_suspended_request_goes_on_as_if_nothing_had_been(model, tmp_path, nam
             engine.step()
         if interrupted and not result.finish_reason:
             before = engine.bytes_held()
-            engine.suspend(result, tmp_path)
+            swap = Swap(tmp_path, space)
+            engine.suspend(result, swap)
             assert engine.bytes_held() < before or not steps
             assert engine.bytes_suspended(result) > 0 or not steps
             engine.step()
-            assert list(tmp_path.iterdir())
+            assert set(swap.bytes()) == {place if steps or not space else "swap"}
+            assert swap.bytes().get("disk", 0) == sum(f.stat().st_size for f in tmp_path.iterdir())
             engine.resume(result)
+            assert not swap.bytes()
             assert not list(tmp_path.iterdir())
         drained(engine)
         assert engine.bytes_held() == 0
@@ -81,7 +87,7 @@ def test_every_method_survives_a_suspension(module, tmp_path, name):
         for _ in range(3):
             engine.step()
         if interrupted:
-            engine.suspend(result, tmp_path)
+            engine.suspend(result, Swap(tmp_path, 64 << 20))
             assert engine.bytes_held() == 0
             engine.resume(result)
         drained(engine)
@@ -95,7 +101,7 @@ def test_nothing_is_computed_again_after_a_suspension(model, tmp_path):
     result = engine.submit(prompt(300, 1), SamplingParams(max_new_tokens=4, ignore_eos=True))
     engine.step()
     scores = result.stats.score_entries
-    engine.suspend(result, tmp_path)
+    engine.suspend(result, Swap(tmp_path))
     engine.resume(result)
     drained(engine)
     assert result.stats.score_entries == scores
@@ -108,7 +114,7 @@ def test_samples_of_one_prompt_are_suspended_together(model, tmp_path):
     whole, cut = engine.submit(prompt(100, 1), params), engine.submit(prompt(100, 1), params)
     for _ in range(3):
         engine.step()
-    engine.suspend(cut, tmp_path)
+    engine.suspend(cut, Swap(tmp_path))
     assert len(list(tmp_path.iterdir())) == 3
     engine.step()
     engine.resume(cut)
@@ -117,12 +123,16 @@ def test_samples_of_one_prompt_are_suspended_together(model, tmp_path):
     assert engine.bytes_held() == 0
 
 
-def test_a_cancelled_suspension_leaves_no_file(model, tmp_path):
+@pytest.mark.parametrize("space", [0, 1 << 20])
+def test_a_cancelled_suspension_leaves_nothing(model, tmp_path, space):
+    swap = Swap(tmp_path, space)
     engine = Engine(model, Recipe())
     result = engine.submit(prompt(100, 1), SamplingParams(max_new_tokens=8))
     engine.step()
-    engine.suspend(result, tmp_path)
+    engine.suspend(result, swap)
+    assert swap.bytes()
     engine.cancel(result)
+    assert not swap.bytes()
     assert not list(tmp_path.iterdir())
     assert result.finish_reason == "cancelled"
 
@@ -151,10 +161,18 @@ def test_the_limit_holds_under_load_and_answers_do_not_change(start, recipe):
     assert tight.worker.memory.held() == tight.worker.memory.by_kind()["host/pool"]
 
 
-def test_growing_answers_preempt_the_youngest_and_all_end(start):
+# Where the swap's host memory takes every preempted request, none, or some.
+SPACES = {"swap": 16 << 20, "disk": 0, "both": 120 << 10}
+
+
+@pytest.mark.parametrize("place", SPACES)
+def test_growing_answers_preempt_the_youngest_and_all_end(start, tmp_path, place):
     """Each request fits at first; together they outgrow the memory while they write."""
     limit = 5 << 18
-    server = start(kv_memory=limit, prefix_caching=False)
+    server = start(kv_memory=limit, swap_space=SPACES[place], swap_dir=tmp_path, prefix_caching=False)
+    if place == "swap":  # nothing may need the disk
+        server.worker._swap_dir.cleanup()
+    seen = watch(server)
     options = [{"model": "tiny", "prompt": prompt(20, i), "max_tokens": 400} for i in range(6)]
     alone = start(prefix_caching=False)
 
@@ -169,13 +187,76 @@ def test_growing_answers_preempt_the_youngest_and_all_end(start):
     assert texts == expected
     assert server.worker.memory.peak <= limit
     server.idle()
+    tiers = {kind for elsewhere in seen for kind in elsewhere}
+    assert (
+        tiers == {"swap": {"swap/packed"}, "disk": {"disk/swap"}, "both": {"swap/packed", "disk/swap"}}[place]
+    )
+    assert max(elsewhere.get("swap/packed", 0) for elsewhere in seen) <= server.worker.swap.peak
+    assert server.worker.swap.peak <= SPACES[place]
     assert server.worker.memory.held() == 0
-    assert not list(Path(server.worker._swap.name).iterdir())
+    assert not server.worker.memory.elsewhere()
+    assert not list(tmp_path.rglob("*.kv"))
+
+
+def watch(server) -> list[dict[str, int]]:
+    """What lies outside the memory, looked at by the worker whenever it has preempted somebody.
+
+    The ledger must agree with the files that are there.
+    """
+    seen: list[dict[str, int]] = []
+    suspend, directory = server.worker._suspend, Path(server.worker._swap_dir.name)
+
+    def suspended(job) -> None:
+        suspend(job)
+        elsewhere = server.worker.memory.elsewhere()
+        assert elsewhere.get("disk/swap", 0) == sum(file.stat().st_size for file in directory.glob("*"))
+        seen.append(elsewhere)
+
+    server.worker._suspend = suspended
+    return seen
+
+
+def test_swapped_requests_are_counted_and_shown(start, tmp_path):
+    """While one client's answer waits in the swap, page and metrics say so."""
+    space = 1 << 20
+    server = start(max_num_seqs=1, swap_space=space, swap_dir=tmp_path)
+    shown = []
+
+    def ask(user: str) -> None:
+        server.client().completions.create(
+            model="tiny", prompt=prompt(300, 1), max_tokens=1200, user=user, extra_body=BODY
+        )
+
+    threads = [threading.Thread(target=ask, args=(user,)) for user in ("a", "a", "b")]
+    threads[0].start()
+    while not server.worker.running():
+        time.sleep(0.01)
+    for thread in threads[1:]:
+        thread.start()
+    with server.http() as http:
+        while any(thread.is_alive() for thread in threads):
+            state = http.get("/stats").json()
+            if state["swapped"]:
+                shown.append((state, http.get("/metrics").text))
+            time.sleep(0.02)
+    assert server.worker.counters.preemptions > 0
+    state, _ = shown[0]
+    assert 0 < state["kv_elsewhere"]["swap/packed"] <= space == state["swap_space"]
+    name = '{model_name="tiny"}'
+    lines = [line for _, text in shown for line in text.splitlines()]
+    assert f"vllm:num_requests_swapped{name} 1.0" in lines
+    assert any(line.startswith(f"vllm:cpu_cache_usage_perc{name} 0.") for line in lines)
+    assert any('tier="swap"' in line and 'codec="packed"' in line for line in lines)
+    server.idle()
+    with server.http() as http:
+        end = http.get("/metrics").text
+    assert f"vllm:num_requests_swapped{name} 0.0" in end
+    assert 'tier="swap"' not in end
 
 
 def test_where_the_disk_fails_only_the_preempted_fail(start):
     server = start(kv_memory=5 << 18, prefix_caching=False)
-    Path(server.worker._swap.name).rmdir()
+    Path(server.worker._swap_dir.name).rmdir()
     options = [{"model": "tiny", "prompt": prompt(20, i), "max_tokens": 400} for i in range(6)]
 
     def ask(one: dict) -> int:

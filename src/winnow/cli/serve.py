@@ -15,12 +15,12 @@ _SHAPES = "256"
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
 
-def _bytes(text: str) -> int:
-    """``4GiB``, ``512M`` or ``1000000`` as bytes."""
+def _bytes(text: str, bare: str = "") -> int:
+    """``4GiB``, ``512M`` or ``1000000`` as bytes; ``bare`` is the unit of a number without one."""
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?", text.strip(), re.IGNORECASE)
     if found is None:
         raise ValueError(f"{text!r} is no size; write it as 4GiB, 512MiB or a number of bytes")
-    return int(float(found[1]) * _UNITS[found[2].upper()])
+    return int(float(found[1]) * _UNITS[found[2].upper() or bare])
 
 
 def serve(
@@ -49,7 +49,13 @@ def serve(
         Path | None, typer.Option(help="Keep finished sequences here; they outlive the process.")
     ] = None,
     kv_dir_size: Annotated[str, typer.Option(help="Most bytes of files in --kv-dir.")] = "16GiB",
-    swap_dir: Annotated[Path | None, typer.Option(help="Where preempted sequences wait.")] = None,
+    swap_space: Annotated[
+        str,
+        typer.Option(help="Host memory beside --kv-memory where preempted sequences wait; a number is GiB."),
+    ] = "0",
+    swap_dir: Annotated[
+        Path | None, typer.Option(help="Where preempted sequences wait that find no room in --swap-space.")
+    ] = None,
     api_key: Annotated[
         list[str] | None,
         typer.Option(help="Key that clients must send; may be repeated. Also WINNOW_API_KEY."),
@@ -100,6 +106,7 @@ def serve(
         kv_memory=_bytes(kv_memory),
         kv_dir=kv_dir,
         kv_dir_bytes=_bytes(kv_dir_size),
+        swap_space=_bytes(swap_space, bare="G"),
         swap_dir=swap_dir,
         api_keys=tuple(keys),
         max_body=_bytes(max_body),

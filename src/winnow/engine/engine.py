@@ -6,7 +6,6 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Seq
-from pathlib import Path
 
 import torch
 
@@ -25,6 +24,7 @@ from winnow.recipe import Recipe
 from winnow.retrieval.protocol import Match, Pool, reuses_chunks, reuses_prefixes
 from winnow.store.arena import PAGE
 from winnow.store.sequence import SequenceStore
+from winnow.store.swap import Swap
 from winnow.types import LanguageModel, Profile
 
 __all__ = ["Engine", "Event", "Progress", "TextStream"]
@@ -63,6 +63,7 @@ class Engine:
         self.backend = backend
         self._words = words
         self.pool: Pool | None = None
+        self._codec = "raw"  # of what the pool holds
         self.repair: Repair | None = None
         if recipe.retrieval is not None and reuses_chunks(recipe.retrieval):
             self.repair = Repair(
@@ -75,6 +76,7 @@ class Engine:
             )
         elif recipe.retrieval is not None and reuses_prefixes(recipe.retrieval):
             self.pool = recipe.retrieval.pool()
+            self._codec = recipe.retrieval.codec
         self.profile: Profile | None = None
         if recipe.profile is not None:
             self.profile = load_profile(recipe.profile, model=model.fingerprint)
@@ -148,7 +150,10 @@ class Engine:
         if not keep:
             self._reuse(own, tokens, salt)
         begin = (len(own.tokens), own.store.length, own.turns)
-        stats.tokens_reused = own.store.length
+        if self._codec == "raw" or keep:
+            stats.tokens_reused = own.store.length
+        else:
+            stats.tokens_approximate = own.store.length
         own.tokens.extend(tokens)
         if own.compression is not None:
             active = own.compression.acts_on_turn(own.turns)
@@ -197,9 +202,9 @@ class Engine:
                 for one in [run, *run.siblings]:
                     one.sample.finish_reason = "cancelled"
                 self._end_sequence(run)
-        for parked in self._suspended.pop(result.number, []):
-            parked.run.sample.finish_reason = "cancelled"
-            parked.path.unlink()
+        for one in self._suspended.pop(result.number, []):
+            one.run.sample.finish_reason = "cancelled"
+            one.parked.drop()
 
     @property
     def busy(self) -> bool:
@@ -236,7 +241,7 @@ class Engine:
     def _start(self, run: Run) -> None:
         self._running.append(run)
         if self.repair is not None and run.division is not None:
-            space = f"{self._namespace(run.sequence.salt)}/chunks"
+            space = self._chunk_space(run.sequence.salt)
             self.repair.run(run.sequence, run.division, space, run.result.stats)
 
     def abort(self) -> None:
@@ -455,8 +460,22 @@ class Engine:
 
     def growth(self) -> int:
         """Most bytes that the next step adds."""
-        chunks = sum(self.bytes_of(run.pending) for run in self._waiting if run.division is not None)
-        return chunks + sum(self.bytes_of(count) for count in self._next_shares() if count)
+        chunks = [run.divided for run in self._waiting]
+        return sum(self.bytes_of(count) for count in [*chunks, *self._next_shares()] if count)
+
+    def chunks_coming(self) -> int:
+        """Most bytes of chunks that the next step computes for its pool."""
+        return sum(
+            self.bytes_of_chunks(run.sequence.tokens, run.division, run.sequence.salt)
+            for run in self._waiting
+        )
+
+    def bytes_of_chunks(self, tokens: Seq[int], division: Division | None, salt: str = "") -> int:
+        """Most bytes of the chunks of a prompt that the pool does not have now."""
+        if self.repair is None or division is None:
+            return 0
+        missing = self.repair.missing(tokens, division, self._chunk_space(salt))
+        return sum(self.bytes_of(count) for count in missing)
 
     def planned(self) -> int:
         """Tokens that the next step computes."""
@@ -469,31 +488,35 @@ class Engine:
     def _sequences(self) -> list[Sequence]:
         return [*(run.sequence for run in [*self._running, *self._waiting]), *self._prompts]
 
-    def suspend(self, result: Result, directory: Path) -> None:
-        """Send every sample of a request to disk; it goes on after :meth:`resume` as if nothing had been.
+    def suspend(self, result: Result, swap: Swap) -> None:
+        """Send every sample of a request to a swap; it goes on after :meth:`resume` as if nothing had been.
 
         Parameters
         ----------
         result : Result
             A request that is running or waiting, and no session's.
-        directory : Path
+        swap : Swap
 
         Raises
         ------
         winnow.store.files.StoreFileError
-            No space or no permission there; a sample that is not on disk yet still runs.
+            No space or no permission there; a sample that is not there yet still runs.
         """
         for queue in (self._running, self._waiting):
             for run in [r for r in queue if r.result is result]:
                 assert not run.keep, "a session's sequence belongs to its session"
-                path = directory / f"{result.number}-{run.sample.index}.kv"
-                held = run.sequence.suspend(path)
+                parked = run.sequence.suspend(swap)
                 queue.remove(run)
-                self._suspended.setdefault(result.number, []).append(Suspended(run, path, held))
+                one = Suspended(run, parked, started=queue is self._running)
+                self._suspended.setdefault(result.number, []).append(one)
 
     def bytes_suspended(self, result: Result) -> int:
         """Bytes that :meth:`resume` takes."""
-        return sum(parked.bytes for parked in self._suspended[result.number])
+        return sum(one.parked.bytes_back for one in self._suspended[result.number])
+
+    def swapped(self) -> int:
+        """Suspended requests of which some entries wait in host memory."""
+        return sum(any(one.parked.tier == "swap" for one in of) for of in self._suspended.values())
 
     def resume(self, result: Result) -> None:
         """Bring a suspended request back; nothing is computed again.
@@ -503,10 +526,11 @@ class Engine:
         winnow.store.files.StoreFileError
             A file is damaged; cancel the request.
         """
-        parked = self._suspended[result.number]
-        while parked:
-            parked[0].run.sequence.resume(parked[0].path, self.model)
-            self._running.append(parked.pop(0).run)
+        waiting = self._suspended[result.number]
+        while waiting:
+            waiting[0].run.sequence.resume(waiting[0].parked, self.model)
+            one = waiting.pop(0)
+            (self._running if one.started else self._waiting).append(one.run)
         del self._suspended[result.number]
 
     # ------------------------------------------------------------------ reuse
@@ -551,7 +575,11 @@ class Engine:
 
     def _namespace(self, salt: str) -> str:
         chunk = "" if self.recipe.generation is None else f"/{self.limits.max_num_batched_tokens}"
-        return f"{self.model.fingerprint}/{self.recipe.generation_fingerprint()}{chunk}/{salt}"
+        codec = "" if self._codec == "raw" else f"/{self._codec}"
+        return f"{self.model.fingerprint}/{self.recipe.generation_fingerprint()}{chunk}{codec}/{salt}"
+
+    def _chunk_space(self, salt: str) -> str:
+        return f"{self._namespace(salt)}/chunks"
 
     def _whole(self, tokens: int) -> int:
         """Tokens that end at a border of the generation's chunks: those alone are reusable."""
@@ -595,4 +623,4 @@ class Engine:
             return
         store = sequence.store
         layers = [store.segments(layer) for layer in range(store.layers)]
-        self.pool.insert(sequence.tokens[:pure], self._namespace(sequence.salt), layers)
+        self.pool.insert(sequence.tokens[:pure], self._namespace(sequence.salt), layers, self._codec)

@@ -10,6 +10,7 @@ this gives the same as computing both together.)
 from __future__ import annotations
 
 from collections.abc import Callable
+from collections.abc import Sequence as Seq
 from contextlib import ExitStack
 from dataclasses import dataclass
 
@@ -139,6 +140,16 @@ class Repair:
             _Blending(self, sequence, placed, lead, stats).run()
             sequence.store.advance(at)
             sequence.pure = lead
+
+    def missing(self, tokens: Seq[int], division: Division, namespace: str) -> list[int]:
+        """How many tokens :meth:`run` would compute apart, for each chunk that the pool does not have."""
+        found, at = [], 0
+        for number, count in enumerate(division.lengths):
+            begin = division.begin if number else ()
+            if not self.pool.has(tokens[at : at + count], begin, namespace):
+                found.append(len(begin) + count)
+            at += count
+        return found
 
     def _exact(self, position: int) -> bool:
         """Whether a chunk's entries are those of the prompt: nothing before them, left out or rounded."""

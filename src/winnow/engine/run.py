@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Protocol
 
 import torch
@@ -13,6 +12,7 @@ from winnow.engine.request import Result, Sample, SamplingParams
 from winnow.engine.sequence import Sequence
 from winnow.engine.steer import Steer
 from winnow.engine.stopping import until_stop
+from winnow.store.swap import Parked
 
 __all__ = ["Event", "Run", "Suspended", "TextStream"]
 
@@ -65,6 +65,11 @@ class Run:
         return len(self.sequence.tokens) - self.sequence.store.length
 
     @property
+    def divided(self) -> int:
+        """Of these, how many come as chunks when it starts."""
+        return 0 if self.division is None or self.sequence.store.length else sum(self.division.lengths)
+
+    @property
     def prompting(self) -> bool:
         """Whether the prompt is not computed whole yet."""
         return self.sequence.store.length < self.prompt_end
@@ -79,8 +84,8 @@ class Run:
 
 @dataclass(frozen=True)
 class Suspended:
-    """A run whose entries are in a file."""
+    """A run whose entries wait in a swap."""
 
     run: Run
-    path: Path
-    bytes: int
+    parked: Parked
+    started: bool

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from winnow.engine.compress import Compression
 from winnow.recipe import Recipe
 from winnow.retrieval.protocol import Match, Pool
-from winnow.store import files
 from winnow.store.sequence import SequenceStore
+from winnow.store.swap import Parked, Swap
 from winnow.types import LanguageModel, Profile, Rotary
 
 __all__ = ["Holder", "Sequence", "rotary_of"]
@@ -112,33 +111,25 @@ class Sequence:
         """Measured KV bytes that go when this sequence closes: what is borrowed is not among them."""
         return sum(n for kind, n in self.bytes_stored().items() if kind != "host/shared")
 
-    def suspend(self, path: Path) -> int:
-        """Write every entry to a file and free them; :meth:`resume` brings them back.
+    def suspend(self, swap: Swap) -> Parked:
+        """Move every entry to a swap, borrowed ones included; :meth:`resume` brings them back.
 
-        Returns
-        -------
-        int
-            Bytes that they will take in memory again, borrowed ones included.
+        Side data of a selector is keyed by the segments that go: it is built anew.
 
         Raises
         ------
         winnow.store.files.StoreFileError
             No space or no permission; nothing has changed.
         """
-        held = sum(self.store.bytes().values()) + self.store.shared_bytes()
-        files.save(self.store, path, {})
+        parked = swap.put(self.store)
         self.close()
-        return held
-
-    def resume(self, path: Path, model: LanguageModel) -> None:
-        """Read back what :meth:`suspend` wrote, and remove the file.
-
-        Side data of a selector is keyed by the segments that are gone: it is built anew.
-        """
-        self.store, _ = files.load(path, device=model.device, rotary=rotary_of(model))
         if self.recipe.loading is not None:
             self.loading_state = self.recipe.loading.state()
-        path.unlink()
+        return parked
+
+    def resume(self, parked: Parked, model: LanguageModel) -> None:
+        """Take back what :meth:`suspend` moved."""
+        self.store = parked.take(device=model.device, rotary=rotary_of(model))
 
     def rollback(self, tokens: int, computed: int, turns: int) -> None:
         """Forget what came after ``tokens`` tokens, of which ``computed`` have entries.

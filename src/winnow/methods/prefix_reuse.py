@@ -8,7 +8,7 @@ from winnow.retrieval.radix import Radix
 __all__ = ["prefix_reuse"]
 
 
-def prefix_reuse(*, page: int = 64, capacity_bytes: int = 1 << 30) -> Recipe:
+def prefix_reuse(*, page: int = 64, capacity_bytes: int = 1 << 30, codec: str = "raw") -> Recipe:
     """Prefix reuse: prompts that begin alike share the entries of what they have in common.
 
     Paper: RadixAttention, in SGLang: Efficient Execution of Structured Language Model Programs
@@ -24,6 +24,9 @@ def prefix_reuse(*, page: int = 64, capacity_bytes: int = 1 << 30) -> Recipe:
         Prefixes are shared in whole pages of so many tokens (the code's ``page_size``).
     capacity_bytes : int
         Most memory that the pool may hold, in bytes.
+    codec : str
+        Form in which the pool, and a server's files, hold entries. ``raw`` is exact; ``int8``, ``int4`` and
+        ``int2`` hold more in as many bytes, and reuse is then approximate and counted as such.
 
     Notes
     -----
@@ -35,5 +38,6 @@ def prefix_reuse(*, page: int = 64, capacity_bytes: int = 1 << 30) -> Recipe:
       prefill never serve a dense one. Entries that were computed after a compression dropped
       others do not enter the pool.
     - The code's default page is one token.
+    - ``codec`` has no counterpart there.
     """
-    return Recipe(name="prefix-reuse", retrieval=Radix(page=page, capacity_bytes=capacity_bytes))
+    return Recipe(name="prefix-reuse", retrieval=Radix(page=page, capacity_bytes=capacity_bytes, codec=codec))

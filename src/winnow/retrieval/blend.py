@@ -120,7 +120,16 @@ class BlendPool:
         self._codec = part.codec
         self._capacity = part.capacity_bytes
         self._chunks: OrderedDict[tuple[str, bytes, bytes], Chunk] = OrderedDict()
+        self._loose: list[Chunk] = []  # found no room, and is in use
         self._mutex = threading.Lock()
+
+    def has(self, tokens: Sequence[int], begin: Sequence[int], namespace: str) -> bool:
+        """See :meth:`winnow.retrieval.protocol.ChunkPool.has`."""
+        key = _key(tokens, begin, namespace)
+        with self._mutex:
+            if key in self._chunks:
+                self._chunks.move_to_end(key)
+            return key in self._chunks
 
     def find(self, tokens: Sequence[int], begin: Sequence[int], namespace: str) -> Chunk | None:
         """See :meth:`winnow.retrieval.protocol.ChunkPool.find`."""
@@ -146,10 +155,13 @@ class BlendPool:
         form = (Demotion(oldest=pages, codec=self._codec),) if pages else ()
         for layer in range(store.layers):
             store.apply(layer, Plan(keep=(own,) * store.shape.heads, demote=form))
-        chunk = Chunk(tokens=len(tokens), start=start, store=store, users=1)
+        held = sum(store.bytes().values())
+        chunk = Chunk(tokens=len(tokens), start=start, store=store, bytes=held, users=1)
         with self._mutex:
-            if key not in self._chunks and self._make_room(_bytes(chunk)):
+            if key not in self._chunks and self._make_room(held):
                 self._chunks[key] = chunk
+            else:
+                self._loose.append(chunk)
         return chunk
 
     def release(self, chunk: Chunk) -> None:
@@ -157,31 +169,46 @@ class BlendPool:
         with self._mutex:
             chunk.users -= 1
             assert chunk.users >= 0, "a chunk was released more often than it was handed out"
-            if chunk.users == 0 and not any(one is chunk for one in self._chunks.values()):
+            if chunk.users == 0 and chunk in self._loose:
+                self._loose.remove(chunk)
                 chunk.store.close()
 
     def bytes(self) -> int:
-        """Bytes of memory pages that the pool's chunks hold."""
+        """Bytes of memory pages that the pool's chunks hold, and those in use that found no room."""
         with self._mutex:
-            return sum(_bytes(chunk) for chunk in self._chunks.values())
+            return self._held() + sum(chunk.bytes for chunk in self._loose)
+
+    def resize(self, capacity_bytes: int) -> None:
+        """See :meth:`winnow.retrieval.protocol.Bounded.resize`."""
+        with self._mutex:
+            self._capacity = capacity_bytes
+            self._evict(capacity_bytes)
+
+    def clear(self) -> None:
+        """See :meth:`winnow.retrieval.protocol.Bounded.clear`."""
+        with self._mutex:
+            self._evict(0)
+
+    def _held(self) -> int:
+        return sum(chunk.bytes for chunk in self._chunks.values())
 
     def _make_room(self, needed: int) -> bool:
-        """Evict idle chunks, the least recently used first, until ``needed`` bytes fit."""
-        held = sum(_bytes(chunk) for chunk in self._chunks.values())
-        idle = [(key, chunk) for key, chunk in self._chunks.items() if chunk.users == 0]
-        if needed > self._capacity - held + sum(_bytes(chunk) for _, chunk in idle):
+        """Evict idle chunks until ``needed`` bytes fit; evict none where that does not help."""
+        in_use = sum(chunk.bytes for chunk in self._chunks.values() if chunk.users)
+        if in_use + needed > self._capacity:
             return False
-        for key, chunk in idle:
-            if held + needed <= self._capacity:
-                break
-            held -= _bytes(chunk)
-            del self._chunks[key]
-            chunk.store.close()
+        self._evict(self._capacity - needed)
         return True
 
-
-def _bytes(chunk: Chunk) -> int:
-    return sum(chunk.store.bytes().values())
+    def _evict(self, most: int) -> None:
+        """Drop idle chunks, the least recently used first, until ``most`` bytes are left."""
+        held = self._held()
+        for key, chunk in [(key, chunk) for key, chunk in self._chunks.items() if not chunk.users]:
+            if held <= most:
+                return
+            held -= chunk.bytes
+            del self._chunks[key]
+            chunk.store.close()
 
 
 def _key(tokens: Sequence[int], begin: Sequence[int], namespace: str) -> tuple[str, bytes, bytes]:

@@ -13,6 +13,7 @@ from winnow.store.sequence import SequenceStore
 from winnow.types import Needs, Segment
 
 __all__ = [
+    "Bounded",
     "Chunk",
     "ChunkPart",
     "ChunkPool",
@@ -40,11 +41,27 @@ class Match:
     """
 
     length: int
-    layers: tuple[tuple[Segment, ...], ...]
+    layers: tuple[tuple[Segment | EncodedSegment, ...], ...]
     handle: Any
 
 
-class Pool(Protocol):
+class Bounded(Protocol):
+    """Reusable entries in memory, of which somebody else says how much there may be."""
+
+    def bytes(self) -> int:
+        """Bytes that the pool holds, measured from its live allocations."""
+        ...
+
+    def resize(self, capacity_bytes: int) -> None:
+        """Set the most memory that the pool may hold; what exceeds it and is not in use goes now."""
+        ...
+
+    def clear(self) -> None:
+        """Forget everything that is not in use."""
+        ...
+
+
+class Pool(Bounded, Protocol):
     """A living pool; one per engine. Exact and approximate entries never share a name space."""
 
     def match(self, tokens: Sequence[int], namespace: str) -> Match:
@@ -56,21 +73,20 @@ class Pool(Protocol):
         ...
 
     def insert(
-        self, tokens: Sequence[int], namespace: str, layers: Sequence[Sequence[Segment | EncodedSegment]]
+        self,
+        tokens: Sequence[int],
+        namespace: str,
+        layers: Sequence[Sequence[Segment | EncodedSegment]],
+        codec: str = "raw",
     ) -> int:
-        """Copy the entries of ``tokens`` into the pool; return how many tokens were new."""
+        """Copy the entries of ``tokens`` into the pool; return how many tokens were new.
+
+        All entries of a name space are in one codec.
+        """
         ...
 
-    def bytes(self) -> int:
-        """Bytes that the pool holds, measured from its live allocations."""
-        ...
-
-    def resize(self, capacity_bytes: int) -> None:
-        """Set the most memory that the pool may hold; what exceeds it and is not locked goes now."""
-        ...
-
-    def clear(self) -> None:
-        """Forget everything that is not locked."""
+    def bytes_on_disk(self) -> int:
+        """Bytes of its files; 0 where it keeps none."""
         ...
 
 
@@ -85,6 +101,8 @@ class Chunk:
         Position at which its first entry was computed: the number of begin tokens.
     store : SequenceStore
         Holds them, at positions ``start .. start + tokens - 1``, in every layer and head.
+    bytes : int
+        What the store holds, measured; it does not change any more.
     users : int
         Requests that read it now.
     """
@@ -92,15 +110,20 @@ class Chunk:
     tokens: int
     start: int
     store: SequenceStore
+    bytes: int
     users: int = 0
 
 
-class ChunkPool(Protocol):
+class ChunkPool(Bounded, Protocol):
     """A living pool of chunks, found by their token ids; one per engine.
 
     What it holds is approximate wherever it is placed behind other text, so it shares nothing with
     a pool of exact prefixes.
     """
+
+    def has(self, tokens: Sequence[int], begin: Sequence[int], namespace: str) -> bool:
+        """Whether :meth:`find` would find a chunk, which now counts as used last."""
+        ...
 
     def find(self, tokens: Sequence[int], begin: Sequence[int], namespace: str) -> Chunk | None:
         """The chunk of exactly these tokens, computed behind ``begin``; it stays until released."""
@@ -116,10 +139,6 @@ class ChunkPool(Protocol):
         """Allow a chunk to be evicted again; once for every chunk that was handed out."""
         ...
 
-    def bytes(self) -> int:
-        """Bytes that the pool holds, measured from its live allocations."""
-        ...
-
 
 class PoolPart(Protocol):
     """The frozen parameters of a pool."""
@@ -130,7 +149,12 @@ class PoolPart(Protocol):
 
 
 class PrefixPart(Protocol):
-    """A pool of exact prefixes."""
+    """A pool of prefixes, exact unless a codec rounds them."""
+
+    @property
+    def codec(self) -> str:
+        """Form in which the pool holds entries; ``raw`` is exact."""
+        ...
 
     def pool(self) -> Pool:
         """An empty pool."""
@@ -203,5 +227,5 @@ def reuses_chunks(part: PoolPart) -> TypeGuard[ChunkPart]:
 
 
 def reuses_prefixes(part: PoolPart) -> TypeGuard[PrefixPart]:
-    """Whether a retrieval part reuses exact prefixes."""
+    """Whether a retrieval part reuses prefixes."""
     return not hasattr(part, "choose")

@@ -1,9 +1,10 @@
-"""Exact prefix reuse: a compressed radix tree over pages of tokens.
+"""Prefix reuse: a compressed radix tree over pages of tokens.
 
 What RadixAttention of SGLang does (arXiv 2312.07104), for entries that live in host memory: a
 node owns compact copies of the entries of its tokens, a match locks the path to the root, unlocked
 leaves go in the order of their last use. A split makes views; the memory of a node is given back
-when that node goes, whoever shares its allocation.
+when that node goes, whoever shares its allocation. Reuse is exact unless the recipe has the pool hold
+entries in a codec.
 """
 
 from __future__ import annotations
@@ -14,12 +15,9 @@ from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-import torch
-from torch import Tensor
-
 from winnow.retrieval.protocol import Match
-from winnow.store.arena import PAGE, HostArena
-from winnow.store.codecs import EncodedSegment
+from winnow.retrieval.slab import Form, Slab, checked
+from winnow.store.codecs import CODECS, ENTRIES, EncodedSegment
 from winnow.types import Segment
 
 __all__ = ["Radix", "RadixPool"]
@@ -30,7 +28,7 @@ _Key = bytes  # RadixPool.bytes hides the name
 
 @dataclass(frozen=True, kw_only=True)
 class Radix:
-    """Reuse of exact prefixes.
+    """Reuse of prefixes.
 
     Parameters
     ----------
@@ -38,84 +36,31 @@ class Radix:
         Tokens of a page; prefixes are shared in whole pages.
     capacity_bytes : int
         Most memory that the pool may hold.
+    codec : str
+        Form in which the pool holds entries: ``raw`` as they were computed, so that reuse is exact. In
+        ``int8``, ``int4`` or ``int2`` the pool holds more, and what is reused is approximate.
     """
 
     page: int = 64
     capacity_bytes: int = 1 << 30
+    codec: str = "raw"
 
     def __post_init__(self) -> None:
         if self.page < 1:
             raise ValueError(f"a page has at least one token, not {self.page}; the default is 64")
+        if self.codec not in CODECS:
+            raise ValueError(f"radix: a pool has no codec {self.codec!r}; give {', '.join(CODECS)}")
+        if self.codec != "raw" and self.page % ENTRIES:
+            raise ValueError(
+                f"radix: in {self.codec}, entries come in pages of {ENTRIES} and page={self.page} is no "
+                "multiple of it; raise it"
+            )
         if self.capacity_bytes < 0:
             raise ValueError(f"capacity_bytes is {self.capacity_bytes}; give 0 or more bytes")
 
     def pool(self) -> RadixPool:
         """An empty pool."""
         return RadixPool(self)
-
-
-@dataclass(frozen=True)
-class _Form:
-    """What the entries of one name space have in common: KV heads of each layer, ``D``, type."""
-
-    heads: tuple[int, ...]
-    head_dim: int
-    dtype: torch.dtype
-
-    @property
-    def rows(self) -> int:
-        return 2 * sum(self.heads)
-
-    def cost(self, tokens: int) -> int:
-        """Bytes of memory pages that so many tokens take."""
-        return self.rows * PAGE * -(-tokens * self.head_dim * self.dtype.itemsize // PAGE)
-
-
-class _Slab:
-    """One allocation ``[rows, n, D]``: K and V of all heads and layers, for one node before splits."""
-
-    def __init__(self, form: _Form, tokens: int):
-        self.form = form
-        self._row = form.head_dim * form.dtype.itemsize
-        self._arena = HostArena(form.rows, tokens, form.head_dim, form.dtype)
-        self._live = [(0, tokens)]
-        self.data = self._arena.data
-
-    def tables(self, layer: int, first: int, last: int) -> tuple[Tensor, Tensor]:
-        """K and V ``[H, n, D]`` of a layer; views."""
-        heads = self.form.heads[layer]
-        row = 2 * sum(self.form.heads[:layer])
-        return self.data[row : row + heads, first:last], self.data[row + heads : row + 2 * heads, first:last]
-
-    def nbytes(self) -> int:
-        """Memory pages that hold a live token."""
-        total, after = 0, 0
-        for first, last in self._live:
-            low, high = self._pages(first, last)
-            total += high - max(low, after)
-            after = high
-        return total * PAGE * self.form.rows
-
-    def free(self, first: int, last: int) -> None:
-        """Give back the memory pages of tokens that no other live range touches."""
-        self._live.remove((first, last))
-        low, high = self._pages(first, last)
-        for other in self._live:
-            a, b = self._pages(*other)
-            if other[1] <= first:
-                low = max(low, b)
-            else:
-                high = min(high, a)
-        for row in range(self.form.rows):
-            self._arena.discard(row, low, high)
-
-    def split(self, first: int, at: int, last: int) -> None:
-        """Account two nodes where there was one."""
-        place = self._live.index((first, last))
-        self._live[place : place + 1] = [(first, at), (at, last)]
-
-    def _pages(self, first: int, last: int) -> tuple[int, int]:
-        return first * self._row // PAGE, -(-last * self._row // PAGE)
 
 
 @dataclass(eq=False)
@@ -125,7 +70,7 @@ class _Node:
     key: bytes
     start: int
     parent: _Node | None
-    slab: _Slab | None = None
+    slab: Slab | None = None
     first: int = 0
     children: dict[bytes, _Node] = field(default_factory=dict)
     locks: int = 0
@@ -136,16 +81,14 @@ class _Node:
     def tokens(self) -> int:
         return len(self.key) // _TOKEN
 
-    def segments(self, tokens: int) -> tuple[Segment, ...]:
+    def segments(self, tokens: int) -> tuple[Segment | EncodedSegment, ...]:
         """Per layer the entries of the first ``tokens`` tokens."""
-        assert self.slab is not None
-        form = self.slab.form
-        found = []
-        for layer, heads in enumerate(form.heads):
-            k, v = self.slab.tables(layer, self.first, self.first + tokens)
-            lengths = torch.full((heads,), tokens, dtype=torch.int32)
-            found.append(Segment(k=k, v=v, lengths=lengths, start=self.start))
-        return tuple(found)
+        slab = self.slab
+        assert slab is not None
+        return tuple(
+            slab.segment(layer, self.first, self.first + tokens, self.start)
+            for layer in range(len(slab.form.heads))
+        )
 
 
 @dataclass(eq=False)
@@ -162,7 +105,7 @@ class RadixPool:
     def __init__(self, part: Radix):
         self._page = part.page * _TOKEN
         self._capacity = part.capacity_bytes
-        self._roots: dict[str, tuple[_Node, _Form]] = {}
+        self._roots: dict[str, tuple[_Node, Form]] = {}
         self._idle: list[tuple[int, int, _Node]] = []  # a heap; entries may be out of date
         self._clock = 0
         self._offers = 0
@@ -206,9 +149,13 @@ class RadixPool:
             self._unlock(lock.node)
 
     def insert(
-        self, tokens: Sequence[int], namespace: str, layers: Sequence[Sequence[Segment | EncodedSegment]]
+        self,
+        tokens: Sequence[int],
+        namespace: str,
+        layers: Sequence[Sequence[Segment | EncodedSegment]],
+        codec: str = "raw",
     ) -> int:
-        """Copy the entries of ``tokens`` into the pool, whole pages only.
+        """Copy the entries of ``tokens`` into the pool, whole pages only; encode what is not in its codec.
 
         Returns
         -------
@@ -218,25 +165,29 @@ class RadixPool:
         Raises
         ------
         ValueError
-            If the entries are not exact: encoded, evicted, biased, moved, or of another model.
+            If the entries are in another codec, evicted, biased, moved, or of another model.
         """
         key = _key(tokens)
         key = key[: len(key) // self._page * self._page]
         if not key:
             return 0
-        exact, form = _exact(layers, len(key) // _TOKEN)
+        entries, form = checked(layers, len(key) // _TOKEN, codec)
         with self._mutex:
             if namespace in self._roots and self._roots[namespace][1] != form:
                 raise ValueError(
-                    f"the name space {namespace!r} holds entries of another model; use another one"
+                    f"the name space {namespace!r} holds entries of another model or codec; use another one"
                 )
             root, _ = self._roots.setdefault(namespace, (_Node(key=b"", start=0, parent=None), form))
-            return self._insert(root, key, exact, form)
+            return self._insert(root, key, entries, form)
 
     def bytes(self) -> int:
         """Bytes of memory pages that the pool's nodes hold."""
         with self._mutex:
             return self._bytes
+
+    def bytes_on_disk(self) -> int:
+        """None: this pool keeps no files."""
+        return 0
 
     def resize(self, capacity_bytes: int) -> None:
         """Set the most memory that the pool may hold; what exceeds it and is not locked goes now."""
@@ -255,7 +206,9 @@ class RadixPool:
 
     # ------------------------------------------------------------------ the tree
 
-    def _insert(self, root: _Node, key: _Key, layers: Sequence[Sequence[Segment]], form: _Form) -> int:
+    def _insert(
+        self, root: _Node, key: _Key, layers: Sequence[Sequence[Segment | EncodedSegment]], form: Form
+    ) -> int:
         path = self._walk(root, key)
         at = sum(used for _, used in path)
         if path and at < len(key) and path[-1][1] < len(path[-1][0].key):
@@ -273,9 +226,9 @@ class RadixPool:
             start = at // _TOKEN
             new = self._make_room(form, (len(key) - at) // _TOKEN)
             if new:
-                slab = _Slab(form, new)
+                slab = Slab(form, new)
                 for layer, segments in enumerate(layers):
-                    _copy(segments, slab.tables(layer, 0, new), start)
+                    slab.fill(layer, segments, start)
                 leaf = _Node(
                     key=key[at : at + new * _TOKEN], start=start, parent=parent, slab=slab, stamp=self._clock
                 )
@@ -338,7 +291,7 @@ class RadixPool:
 
     # ------------------------------------------------------------------ eviction
 
-    def _make_room(self, form: _Form, tokens: int) -> int:
+    def _make_room(self, form: Form, tokens: int) -> int:
         """Evict until ``tokens`` fit; return how many, in whole pages, do."""
         page = self._page // _TOKEN
         while tokens and form.cost(tokens) > self._capacity:
@@ -402,52 +355,5 @@ class RadixPool:
             del self._roots[name]
 
 
-# --------------------------------------------------------------------------- entries
-
-
 def _key(tokens: Sequence[int]) -> bytes:
     return array("q", tokens).tobytes()
-
-
-def _exact(
-    layers: Sequence[Sequence[Segment | EncodedSegment]], tokens: int
-) -> tuple[list[list[Segment]], _Form]:
-    """Only entries that depend on the tokens before them, and on nothing else, may be shared."""
-    exact: list[list[Segment]] = []
-    for number, segments in enumerate(layers):
-        of_layer: list[Segment] = []
-        position = 0
-        for segment in segments:
-            if isinstance(segment, EncodedSegment) or segment.bias is not None:
-                raise ValueError(
-                    f"layer {number} holds encoded or biased entries; a prefix pool takes exact ones"
-                )
-            n = int(segment.lengths[0])
-            moved = segment.positions is not None or segment.start != position
-            if moved or bool((segment.lengths != n).any()):
-                raise ValueError(
-                    f"layer {number} is not consecutive from position 0; "
-                    "a prefix pool takes no entries that remain after others were dropped"
-                )
-            position += n
-            of_layer.append(segment)
-        if position < tokens:
-            raise ValueError(
-                f"layer {number} holds {position} entries for {tokens} tokens; insert fewer tokens"
-            )
-        exact.append(of_layer)
-    sizes = {(s.k.shape[2], s.k.dtype) for of_layer in exact for s in of_layer}
-    if len(sizes) != 1 or any(len({s.heads for s in of_layer}) != 1 for of_layer in exact):
-        raise ValueError("the entries differ in type, head size or heads; insert entries of one model")
-    head_dim, dtype = sizes.pop()
-    return exact, _Form(tuple(of_layer[0].heads for of_layer in exact), head_dim, dtype)
-
-
-def _copy(segments: Sequence[Segment], tables: tuple[Tensor, Tensor], start: int) -> None:
-    """Copy positions ``start .. start + n - 1`` into ``tables`` ``[H, n, D]``."""
-    last = start + tables[0].shape[1]
-    for segment in segments:
-        a, b = max(start, segment.start), min(last, segment.start + int(segment.lengths[0]))
-        if a < b:
-            for table, source in zip(tables, (segment.k, segment.v), strict=True):
-                table[:, a - start : b - start] = source[:, a - segment.start : b - segment.start]

@@ -31,8 +31,10 @@ class Settings:
         Where finished sequences outlive the process; None keeps none.
     kv_dir_bytes : int
         Most bytes of files there.
+    swap_space : int
+        Bytes of host memory, beside ``kv_memory``, in which preempted sequences wait; 0 is none.
     swap_dir : Path or None
-        Where preempted sequences wait; None is the system's temporary directory.
+        Where preempted sequences wait that find no room there; None is the system's temporary directory.
     api_keys : tuple of str
         Any of these opens the interface; empty leaves it open to everybody.
     max_body : int
@@ -55,6 +57,7 @@ class Settings:
     kv_memory: int = 4 << 30
     kv_dir: Path | None = None
     kv_dir_bytes: int = 16 << 30
+    swap_space: int = 0
     swap_dir: Path | None = None
     api_keys: tuple[str, ...] = field(default=(), repr=False)
     max_body: int = 8 << 20
@@ -80,7 +83,7 @@ class Settings:
         ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
-        for name in ("max_stop", "max_logprobs"):
+        for name in ("max_stop", "max_logprobs", "swap_space"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative")
         if self.request_timeout <= 0:

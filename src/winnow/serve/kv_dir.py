@@ -1,17 +1,16 @@
 """A pool that outlives the process: finished sequences as files behind a pool in memory.
 
 Every sequence that the pool in memory takes is also written to a file, whole pages only, by a thread of
-its own. A file takes its name only when it is complete and on the disk, so a process that is killed
-leaves a ``.part`` behind, which the next start removes; damage shows in the checksums when a file is
-read, and the file goes. What memory lacks comes back from the longest file that the prompt begins with.
-Files hold exact entries and carry a digest of the pool's name space, so they cross neither models nor
-salts. The least recently used go where the size limit asks for it.
+its own, in the codec in which the pool holds it and packed without loss. A file takes its name only when it
+is complete and on the disk, so a process that is killed leaves a ``.part`` behind, which the next start
+removes; damage shows in the checksums when a file is read, and the file goes. What memory lacks comes back
+from the longest file that the prompt begins with. Files carry a digest of the pool's name space, so they
+cross neither models, salts nor codecs. The least recently used go where the size limit asks for it.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import os
 import queue
@@ -21,11 +20,12 @@ from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from winnow.retrieval.protocol import Match, Pool
 from winnow.store import files
+from winnow.store.arena import PAGE
 from winnow.store.codecs import EncodedSegment
+from winnow.store.form import stored_rows
 from winnow.store.sequence import SequenceStore
 from winnow.types import LanguageModel, Segment
 
@@ -44,6 +44,8 @@ _BACKLOG = 64
 class _File:
     path: Path
     size: int
+    memory: int  # most bytes that its entries take in memory
+    codec: str
     used: float
     pages: list[_Digest]  # chained digests, one per page of tokens
     refused: float = 0.0
@@ -109,10 +111,14 @@ class FilePool:
         self._memory.release(match)
 
     def insert(
-        self, tokens: Sequence[int], namespace: str, layers: Sequence[Sequence[Segment | EncodedSegment]]
+        self,
+        tokens: Sequence[int],
+        namespace: str,
+        layers: Sequence[Sequence[Segment | EncodedSegment]],
+        codec: str = "raw",
     ) -> int:
         """Into memory now, into a file soon."""
-        new = self._memory.insert(tokens, namespace, layers)
+        new = self._memory.insert(tokens, namespace, layers, codec)
         whole = len(tokens) // self._page * self._page
         if whole and not self._on_disk(tokens[:whole], namespace):
             try:
@@ -137,12 +143,12 @@ class FilePool:
             for file in list(self._files.values()):
                 self._remove(file)
 
-    # ------------------------------------------------------------------ beyond the protocol
-
     def bytes_on_disk(self) -> int:
         """Bytes of all files."""
         with self._mutex:
             return sum(file.size for file in self._files.values())
+
+    # ------------------------------------------------------------------ beyond the protocol
 
     def flush(self) -> None:
         """Wait until everything that was inserted is on the disk."""
@@ -216,13 +222,16 @@ class FilePool:
         try:
             header = files.read_header(path)
             pages = [_Digest.fromhex(digest) for digest in header["pages"]]
+            size = path.stat().st_size
+            memory, codec = int(header.get("memory", size)), str(header.get("codec", "raw"))
         except (files.StoreFileError, KeyError, TypeError, ValueError) as error:
             _log.warning("dropped a KV file", extra={"file": path.name, "reason": str(error)})
             path.unlink()
             self.dropped += 1
             return
-        state = path.stat()
-        self._add(_File(path=path, size=state.st_size, used=state.st_mtime, pages=pages))
+        self._add(
+            _File(path=path, size=size, memory=memory, codec=codec, used=path.stat().st_mtime, pages=pages)
+        )
 
     def _shrink(self) -> None:
         total = sum(file.size for file in self._files.values())
@@ -237,15 +246,15 @@ class FilePool:
     def _read(self, file: _File, tokens: Sequence[int], namespace: str) -> None:
         """Take a file's entries into the pool in memory, which makes room for both for a while."""
         file.refused = time.monotonic()  # taken back once it has been of use
-        if 2 * file.size > self._capacity:
+        if 2 * file.memory > self._capacity:
             return
-        self._memory.resize(self._capacity - file.size)
-        self._loading = file.size
+        self._memory.resize(self._capacity - file.memory)
+        self._loading = file.memory
         try:
             store, _ = files.load(file.path, {"pages": [digest.hex() for digest in file.pages]})
             try:
                 layers = [store.segments(layer) for layer in range(store.layers)]
-                self._memory.insert(tokens, namespace, layers)
+                self._memory.insert(tokens, namespace, layers, file.codec)
             finally:
                 store.close()
             file.used, file.refused = time.time(), 0.0
@@ -283,10 +292,7 @@ class FilePool:
             pages = self._digests(tokens[:length], namespace)
             model = self._model
             path = self._directory / f"{pages[-1].hex()[:32]}{_SUFFIX}"
-            header: dict[str, Any] = {"pages": [digest.hex() for digest in pages]}
-            size = len(json.dumps(header)) + length * model.layers * model.kv_heads * 2 * model.head_dim
-            if size > self._limit:
-                return
+            codec = match.layers[0][0].codec
             with SequenceStore(
                 layers=len(match.layers),  # layers may share a set of entries
                 heads=model.kv_heads,
@@ -295,7 +301,11 @@ class FilePool:
                 capacity=length,
             ) as store:
                 store.adopt(match.layers, length)
-                files.save(store, path, header)
+                memory = _memory(store)
+                if memory > self._limit:
+                    return  # the newest file would drive out every other, and then go itself
+                header = {"pages": [digest.hex() for digest in pages], "memory": memory, "codec": codec}
+                files.save(store, path, header, packed=True)
         finally:
             self._memory.release(match)
         with self._mutex:
@@ -303,5 +313,21 @@ class FilePool:
                 for shorter in list(self._by_page.get(digest, ())):
                     if len(shorter.pages) < len(pages) and shorter.pages[-1] == digest:
                         self._remove(shorter)  # the new file holds all of it
-            self._add(_File(path=path, size=path.stat().st_size, used=time.time(), pages=pages))
+            self._add(
+                _File(
+                    path=path,
+                    size=path.stat().st_size,
+                    memory=memory,
+                    codec=codec,
+                    used=time.time(),
+                    pages=pages,
+                )
+            )
             self._shrink()
+
+
+def _memory(store: SequenceStore) -> int:
+    """Most bytes that a store takes once it is read back: tables begin on pages of their own."""
+    segments = [segment for layer in range(store.layers) for segment in store.segments(layer)]
+    planes = sum(len(stored_rows(segment).planes) * segment.heads for segment in segments)
+    return store.shared_bytes() + planes * PAGE

@@ -37,9 +37,13 @@ def state(worker: Worker) -> dict[str, Any]:
         "counters": {**vars(counters), "ended": dict(counters.ended)},
         "hit_rate": counters.reused_tokens / looked_up if looked_up else 0.0,
         "kv_bytes": snapshot["kv_bytes"],
+        "kv_elsewhere": snapshot["kv_elsewhere"],
         "kv_bytes_at_step": snapshot["steps"],
         "kv_limit": worker.memory.limit,
         "kv_peak": worker.memory.peak,
+        "swapped": snapshot["swapped"],
+        "swap_space": worker.swap.space,
+        "swap_peak": worker.swap.peak,
         "requests": [_timeline(job, now) for job in [*waiting, *running, *worker.recent_jobs()]],
     }
 

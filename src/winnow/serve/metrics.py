@@ -30,6 +30,12 @@ class _Live(Collector):
         held = sum(snapshot["kv_bytes"].values())
         yield self._gauge("vllm:num_requests_running", "Requests that run.", len(running))
         yield self._gauge("vllm:num_requests_waiting", "Requests that wait.", len(waiting))
+        space = self._worker.swap.space
+        swapped = snapshot["kv_elsewhere"].get("swap/packed", 0)
+        waits = "Preempted requests whose entries wait in host memory."
+        yield self._gauge("vllm:num_requests_swapped", waits, snapshot["swapped"])
+        part = swapped / space if space else 0.0
+        yield self._gauge("vllm:cpu_cache_usage_perc", "Part of the swap space in use; 1 is all.", part)
         usage = held / self._worker.memory.limit
         yield self._gauge("vllm:kv_cache_usage_perc", "Part of the KV memory in use; 1 is all.", usage)
         yield self._gauge("winnow:kv_limit_bytes", "KV memory that may be used.", self._worker.memory.limit)
@@ -38,7 +44,7 @@ class _Live(Collector):
         kinds = GaugeMetricFamily(
             "winnow:kv_bytes", "KV bytes held, by tier and codec.", labels=["model_name", "tier", "codec"]
         )
-        for kind, count in snapshot["kv_bytes"].items():
+        for kind, count in {**snapshot["kv_bytes"], **snapshot["kv_elsewhere"]}.items():
             tier, _, codec = kind.partition("/")
             kinds.add_metric([self._model, tier, codec], count)
         yield kinds
@@ -47,7 +53,7 @@ class _Live(Collector):
             ("vllm:generation_tokens", "Tokens drawn.", counters.generated_tokens),
             ("vllm:prefix_cache_queries", "Prompt tokens looked up in the pool.", counters.prompt_tokens),
             ("vllm:prefix_cache_hits", "Prompt tokens found in the pool.", counters.reused_tokens),
-            ("vllm:num_preemptions", "Sequences sent to disk to make room.", counters.preemptions),
+            ("vllm:num_preemptions", "Requests sent to swap or disk to make room.", counters.preemptions),
             ("winnow:steps", "Engine steps.", counters.steps),
         ):
             yield self._counter(name, text, value)

@@ -91,8 +91,8 @@ def build(
         None serves token ids only.
     settings : Settings
     prefix_caching : bool
-        Give recipes without a pool of their own one in memory, which they share: exact entries
-        of one salt are exact for every recipe that computes them alike.
+        Give recipes without a pool one in memory. All recipes share it: exact entries of one salt are
+        exact for every recipe that computes them alike, and those of a codec have a name space of theirs.
     backend : Backend
 
     Raises
@@ -127,6 +127,7 @@ def build(
         kv_memory=settings.kv_memory,
         max_num_seqs=settings.max_num_seqs,
         max_queue=settings.max_queue,
+        swap_space=settings.swap_space,
         swap_dir=settings.swap_dir,
         on_end=metrics.ended,
         on_stop=shared.close if isinstance(shared, FilePool) else None,

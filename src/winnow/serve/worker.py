@@ -20,6 +20,7 @@ from winnow.serve.errors import ApiError
 from winnow.serve.fairness import FairQueue
 from winnow.serve.job import Ended, Failed, Job, Piece
 from winnow.serve.memory import Memory
+from winnow.store.swap import Swap
 
 __all__ = ["Counters", "Worker"]
 
@@ -56,8 +57,10 @@ class Worker:
         Bytes that sequences and pools may take together.
     max_num_seqs, max_queue : int
         Jobs that run, and that wait, at a time.
+    swap_space : int
+        Bytes of host memory, beside ``kv_memory``, where preempted sequences go first.
     swap_dir : Path or None
-        Where preempted sequences go.
+        Where they go when that is full.
     on_end : callable or None
         Called from the worker's thread with every job that has ended.
     on_stop : callable or None
@@ -71,12 +74,15 @@ class Worker:
         kv_memory: int,
         max_num_seqs: int,
         max_queue: int,
+        swap_space: int = 0,
         swap_dir: Path | None = None,
         on_end: Callable[[Job], None] | None = None,
         on_stop: Callable[[], None] | None = None,
     ) -> None:
         self.engines = dict(engines)
-        self.memory = Memory(kv_memory, list(self.engines.values()))
+        self._swap_dir = tempfile.TemporaryDirectory(prefix="winnow-swap-", dir=swap_dir)
+        self.swap = Swap(Path(self._swap_dir.name), swap_space)
+        self.memory = Memory(kv_memory, list(self.engines.values()), self.swap)
         self.counters = Counters()
         self.recent: deque[Job] = deque(maxlen=_RECENT)
         self._max_num_seqs = max_num_seqs
@@ -91,10 +97,9 @@ class Worker:
         self._errands: deque[Callable[[], None]] = deque()
         self._slot_taken = 0.0
         self._speed = 0.0  # tokens per second, computed and drawn, as of late
-        self._swap = tempfile.TemporaryDirectory(prefix="winnow-swap-", dir=swap_dir)
         self._thread = threading.Thread(target=self._main, name="winnow-worker", daemon=True)
         self.failure: BaseException | None = None
-        self.snapshot: dict[str, Any] = {"kv_bytes": {}, "steps": 0}
+        self.snapshot: dict[str, Any] = {"kv_bytes": {}, "kv_elsewhere": {}, "swapped": 0, "steps": 0}
         self._published = 0.0
 
     # ------------------------------------------------------------------ from any thread
@@ -117,11 +122,16 @@ class Worker:
             400 where it can never fit, 429 where the queue is full, 503 while shutting down.
         """
         engine = self.engines[job.recipe]
-        most = engine.bytes_of(len(job.tokens)) + job.params.n * engine.bytes_of(job.params.max_new_tokens)
-        if most > self.memory.room:
+        prompt = engine.bytes_of(len(job.tokens))
+        chunks = job.division.lengths if job.division is not None and engine.repair is not None else ()
+        most = prompt + max(
+            job.params.n * engine.bytes_of(job.params.max_new_tokens),
+            sum(engine.bytes_of(count + len(job.division.begin)) for count in chunks),
+        )
+        if most > self.memory.limit:
             raise ApiError(
                 400,
-                f"this request may need {most} bytes of KV memory and the server has {self.memory.room}; "
+                f"this request may need {most} bytes of KV memory and the server has {self.memory.limit}; "
                 "shorten the prompt, ask for fewer tokens or fewer samples",
                 code="context_length_exceeded",
             )
@@ -160,7 +170,7 @@ class Worker:
             self._thread.join(timeout)
         if self._on_stop is not None:
             self._on_stop()
-        self._swap.cleanup()
+        self._swap_dir.cleanup()
 
     def waiting(self) -> list[Job]:
         """Jobs that wait, preempted ones included."""
@@ -178,8 +188,7 @@ class Worker:
 
     def forget(self) -> None:
         """Drop every reusable entry that nobody is using; call it as an errand."""
-        for pool in self.memory.pools:
-            pool.clear()
+        self.memory.clear()
         self._publish()
 
     def retry_after(self) -> int:
@@ -289,10 +298,9 @@ class Worker:
         engine = self.engines[job.recipe]
         if job.state == "suspended":
             assert job.result is not None
-            need = engine.bytes_suspended(job.result) + engine.bytes_of(1)
-        else:
-            need = engine.bytes_of(len(job.tokens) - engine.reusable(job.tokens, job.salt) + 1)
-        return self.memory.admits(need)
+            return self.memory.admits(engine.bytes_suspended(job.result) + engine.bytes_of(1))
+        need = engine.bytes_of(len(job.tokens) - engine.reusable(job.tokens, job.salt) + 1)
+        return self.memory.admits(need, engine.bytes_of_chunks(job.tokens, job.division, job.salt))
 
     def _is_held_back(self, job: Job) -> bool:
         """Whether most of a prompt is being computed just now by another job, whose entries it can take."""
@@ -351,9 +359,9 @@ class Worker:
     def _suspend(self, job: Job) -> None:
         assert job.result is not None
         try:
-            self.engines[job.recipe].suspend(job.result, Path(self._swap.name))
+            self.engines[job.recipe].suspend(job.result, self.swap)
         except ValueError:
-            # The disk is full or gone. Memory is needed all the same, so this one has to end.
+            # The swap is full and the disk too. Memory is needed all the same, so this one has to end.
             _log.exception("a preempted request could not be saved")
             self.engines[job.recipe].cancel(job.result)
             self._fail(job, ApiError(503, "out of KV memory and of disk; try again later", retry_after=5))
@@ -367,7 +375,7 @@ class Worker:
             self._queue.push(job)
 
     def _room_for_step(self) -> None:
-        """Send the youngest jobs to disk until the next step fits."""
+        """Send the youngest jobs to the swap until the next step fits."""
         while not self.memory.step_fits():
             if len(self._running) <= 1:
                 for job in list(self._running):
@@ -408,7 +416,12 @@ class Worker:
     def _publish(self) -> None:
         """Put what other threads may read where they read it."""
         self._published = time.monotonic()
-        self.snapshot = {"kv_bytes": self.memory.by_kind(), "steps": self.counters.steps}
+        self.snapshot = {
+            "kv_bytes": self.memory.by_kind(),
+            "kv_elsewhere": self.memory.elsewhere(),
+            "swapped": sum(engine.swapped() for engine in self.engines.values()),
+            "steps": self.counters.steps,
+        }
 
     def _deliver(self, event: Event) -> None:
         job = self._by_result.get(event.result.number)
