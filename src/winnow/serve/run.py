@@ -117,9 +117,15 @@ def build(
             backend=backend,
             words=None if text is None else text.stream,
         )
-        if pooled.retrieval is radix:
-            shared = shared or _pool(engine, settings, radix)
-            engine.pool = shared
+        if isinstance(pooled.retrieval, Radix):
+            if pooled.retrieval.page == radix.page:
+                shared = shared or _pool(engine, settings, radix)
+                engine.pool = shared
+            elif settings.kv_dir is not None:
+                raise ValueError(
+                    f"recipe {name!r} has a pool of pages of {pooled.retrieval.page} tokens, and files keep "
+                    f"pages of {radix.page}; give it page: {radix.page}, or leave --kv-dir out"
+                )
         engines[name] = engine
     metrics = Metrics(settings.served_model_name)
     worker = Worker(
