@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import count
 
@@ -121,3 +122,29 @@ def test_a_greedy_client_starves_nobody(start):
     # first served would have let nearly all of it go before.
     assert left >= 8, (left, waited)
     assert max(waited) < 10
+
+
+def test_a_greedy_client_starves_nobody_of_memory(start, tmp_path):
+    """There are slots for everybody and memory for four; what the crowd's answers grow into is preempted."""
+    server = start(
+        max_num_seqs=64, kv_memory=1 << 20, swap_space=256 << 10, swap_dir=tmp_path, prefix_caching=False
+    )
+    client = server.client()
+
+    def ask(user: str, tokens: int) -> int:
+        answer = client.completions.create(
+            model="tiny", prompt=[5] * 30, max_tokens=tokens, user=user, extra_body={"ignore_eos": True}
+        )
+        return answer.usage.completion_tokens
+
+    with ThreadPoolExecutor(20) as pool:
+        crowd = [pool.submit(ask, "greedy", 500) for _ in range(20)]
+        while not server.worker.counters.preemptions:
+            time.sleep(0.01)
+        assert [ask("modest", 200) for _ in range(2)] == [200, 200]
+        left = sum(not one.done() for one in crowd)
+        assert [one.result() for one in crowd] == [500] * 20
+    assert left >= 10, left
+    assert server.worker.memory.peak <= 1 << 20
+    server.idle()
+    assert not server.worker.memory.elsewhere()

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -264,6 +265,26 @@ def test_reset_forgets_the_files_too(start, tmp_path):
         http.post("/reset_prefix_cache")
     assert not list(tmp_path.iterdir())
     assert client.completions.create(**options).usage.prompt_tokens_details.cached_tokens == 0
+
+
+def test_a_file_that_is_being_written_does_not_outlive_a_reset(model, tmp_path, monkeypatch):
+    pool = opened(model, tmp_path)
+    save, begun = files.save, threading.Event()
+
+    def slowly(*arguments, **options) -> None:
+        begun.set()
+        time.sleep(0.2)
+        save(*arguments, **options)
+
+    monkeypatch.setattr(files, "save", slowly)
+    for seed in range(3):
+        answer(model, pool, prompt(200, seed))
+    assert begun.wait(10)
+    pool.clear()
+    pool.flush()
+    assert not list(tmp_path.iterdir())
+    assert pool.bytes() == pool.bytes_on_disk() == 0
+    pool.close()
 
 
 def launch(directory: Path, log: Path) -> tuple[subprocess.Popen, str]:

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import copy
+import io
+import json
 import random
 from collections import Counter
 from itertools import pairwise
 from statistics import median
 
 import pytest
+from rich.console import Console
+from typer.testing import CliRunner
 
 from tests.serve.conftest import running
-from winnow.bench import serve, soak
+from winnow.bench import serve, serve_report, serve_servers, soak
 from winnow.bench.serve_load import Exchange, drive, summary, workload
 from winnow.bench.serve_model import words, write_model
+from winnow.cli import app as command_line
 from winnow.models.load import load_model
 from winnow.models.random import PRESETS
 
@@ -97,9 +102,88 @@ def test_workloads_are_what_they_say_and_repeat():
         workload("nonsense", **LOAD)
 
 
-def test_unknown_servers_are_refused():
+def measured(times: list[tuple[float, float]], seconds: float) -> dict:
+    """A server as a run of any age has it in its JSON: answers of 5 tokens by first and per-token times."""
+    samples = [
+        Exchange(conversation=0, turn=i, begin=float(i), first=a, total=a + 4 * b, tokens=5)
+        for i, (a, b) in enumerate(times)
+    ]
+    kept = [{k: v for k, v in vars(one).items() if k != "text"} for one in samples]
+    return {
+        **summary(samples, seconds, first_deadline=10, token_deadline=1),
+        "samples": kept,
+        "probe": {"ratio": 3.0},
+        "peak_bytes": 1 << 30,
+    }
+
+
+def test_goodput_at_several_deadlines_comes_from_the_samples(tmp_path):
+    config = {"workload": "mixed", "preset": "tiny", "clients": 4, "turns": 1, "prefix": 9}
+    report = {
+        "config": {**config, "first_deadline": 10.0, "token_deadline": 1.0},
+        "servers": {
+            "winnow": measured([(0.5, 0.1), (2, 0.1), (9, 0.1), (9, 0.1)], 20.0),
+            "transformers": measured([(50, 0.1), (200, 0.1), (400, 0.1), (20, 5.0)], 400.0),
+        },
+    }
+    before = copy.deepcopy(report)
+    servers = serve_report.with_curves(report)["servers"]
+    assert report == before
+    ours, theirs = (
+        {point["first_deadline"]: point for point in servers[name]["goodput"]}
+        for name in ("winnow", "transformers")
+    )
+    assert [ours[d]["per_second"] for d in (1, 3, 10, 30, 300, None)] == [0.05, 0.1, 0.2, 0.2, 0.2, 0.2]
+    # The last answer was slow to write: it counts only where there is no deadline at all.
+    assert [theirs[d]["per_second"] for d in (10, 30, 100, 300, None)] == [0, 0, 0.0025, 0.005, 0.01]
+    assert [theirs[d]["winnow_times"] for d in (1, 30)] == [None, None]
+    assert [theirs[d]["winnow_times"] for d in (100, 300, None)] == pytest.approx([80, 40, 20])
+    assert "winnow_times" not in ours[1]
+    shown = io.StringIO()
+    Console(file=shown, width=200).print(serve_report.table(report), serve_report.curve_table(report))
+    assert "0.0025 (80.0 x)" in shown.getvalue()
+    serve_report.draw(report, tmp_path / "figure.png")
+    assert (tmp_path / "figure.png").stat().st_size > 1000
+
+
+def test_an_earlier_run_is_shown_again(tmp_path):
+    config = {"workload": "mixed", "preset": "tiny", "clients": 4, "turns": 1, "prefix": 9}
+    report = {
+        "config": {**config, "first_deadline": 7.0, "token_deadline": 1.0},
+        "servers": {"winnow": measured([(6.5, 0.1)], 10.0)},
+        "missing": {"transformers": "accelerate is missing"},
+    }
+    (tmp_path / "old.json").write_text(json.dumps(report))
+    told = CliRunner().invoke(
+        command_line.app, ["bench", "serve", "--again", str(tmp_path / "old.json"), "--json"]
+    )
+    assert told.exit_code == 0, told.output
+    points = json.loads(told.stdout)["servers"]["winnow"]["goodput"]
+    assert {p["first_deadline"]: p["per_second"] for p in points}[7.0] == 0.1
+
+
+def test_servers_that_cannot_run_are_told_and_unknown_ones_refused():
     with pytest.raises(ValueError, match="unknown server"):
-        serve.run(servers=("vllm",))
+        serve.run(servers=("nonsense",))
+    assert "--peer-python vllm=PATH" in serve_servers.missing("vllm", {})
+    assert serve_servers.missing("vllm", {"vllm": "python"}) is None
+    assert serve_servers.missing("winnow", {}) is None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["winnow", "llama.cpp"])
+def test_servers_under_a_small_load(tmp_path, name):
+    if why := serve_servers.missing(name, {}):
+        pytest.skip(why)
+    small = {"preset": "tiny", "clients": 3, "turns": 2, "prefix": 300, "question": 8, "answer": 6}
+    report = serve.run(servers=(name,), rate=50.0, repeats=1, model=tmp_path / "model", **small)
+    assert report["missing"] == {}
+    found = report["servers"][name]
+    assert (found["requests"], found["failed"]) == (6, 0)
+    assert {one["tokens"] for one in found["samples"]} == {6}
+    assert found["probe"]["hit"][0] > 0
+    assert found["peak_bytes"] > 50 << 20
+    assert str(tmp_path) not in found["command"]
 
 
 @pytest.mark.slow
@@ -116,7 +200,11 @@ def test_a_short_soak_leaves_nothing_behind():
     assert "grows" in spoilt(resident=growing)[0]
     assert spoilt(resident=[100] * 20) == []
     assert "accounted" in spoilt(kv_after_reset={"host/pool": 4096})[0]
-    assert "sequences" in spoilt(kv_idle={"host/pool": 0, "host/raw": 4096})[0]
+    assert "sequences" in spoilt(kv_idle={**report["kv_idle"], "host/raw": 4096})[0]
+    assert "still wait" in spoilt(kv_idle_elsewhere={"disk/swap": 1, "disk/pool": 1})[0]
+    assert "swap peaked" in spoilt(swap_peak=report["swap_space"] + 1)[0]
+    assert "the files took" in spoilt(kv_dir_bytes=[report["kv_dir_limit"] + 1])[0]
+    assert "after a reset" in spoilt(kv_dir_files_after_reset=["x.kv"])[0]
     assert (
         "ended badly" in spoilt(ends={**report["ends"], "whole": 0, "cut short": report["ends"]["whole"]})[0]
     )

@@ -219,7 +219,7 @@ def watch(server) -> list[dict[str, int]]:
 def test_swapped_requests_are_counted_and_shown(start, tmp_path):
     """While one client's answer waits in the swap, page and metrics say so."""
     space = 1 << 20
-    server = start(max_num_seqs=1, swap_space=space, swap_dir=tmp_path)
+    server = start(max_num_seqs=2, swap_space=space, swap_dir=tmp_path)
     shown = []
 
     def ask(user: str) -> None:
@@ -228,11 +228,11 @@ def test_swapped_requests_are_counted_and_shown(start, tmp_path):
         )
 
     threads = [threading.Thread(target=ask, args=(user,)) for user in ("a", "a", "b")]
-    threads[0].start()
-    while not server.worker.running():
-        time.sleep(0.01)
-    for thread in threads[1:]:
+    for thread in threads[:2]:
         thread.start()
+    while len(server.worker.running()) < 2:
+        time.sleep(0.01)
+    threads[2].start()
     with server.http() as http:
         while any(thread.is_alive() for thread in threads):
             state = http.get("/stats").json()
@@ -252,6 +252,37 @@ def test_swapped_requests_are_counted_and_shown(start, tmp_path):
         end = http.get("/metrics").text
     assert f"vllm:num_requests_swapped{name} 0.0" in end
     assert 'tier="swap"' not in end
+
+
+@pytest.mark.parametrize(("kind", "space"), [("swap/packed", 1 << 20), ("disk/swap", 0)])
+def test_a_client_that_goes_away_while_its_request_is_swapped_frees_it(start, tmp_path, kind, space):
+    server = start(max_num_seqs=2, swap_space=space, swap_dir=tmp_path)
+    options = {
+        "model": "tiny",
+        "prompt": prompt(300, 1),
+        "max_tokens": 1500,
+        "stream": True,
+        "extra_body": BODY,
+    }
+    crowd = [server.client().completions.create(user="a", **options) for _ in range(2)]
+    for stream in crowd:
+        next(iter(stream))
+    modest = server.client().completions.create(user="b", **options)
+    chunks = iter(modest)
+    next(chunks)  # it could only start because one of the others made way
+    assert set(server.worker.memory.elsewhere()) == {kind}
+    for stream in crowd:
+        stream.response.close()
+    end = time.monotonic() + 5
+    while server.worker.memory.elsewhere():
+        assert time.monotonic() < end, "the swap still holds a request that nobody waits for"
+        next(chunks)
+    assert not list(tmp_path.rglob("*.kv"))
+    assert [job.client for job in server.worker.running()] == ["user:b"]
+    modest.response.close()
+    server.idle(5)
+    assert server.worker.counters.ended == {"cancelled": 3}
+    assert set(server.worker.memory.by_kind()) == {"host/pool"}
 
 
 def test_where_the_disk_fails_only_the_preempted_fail(start):

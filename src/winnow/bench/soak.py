@@ -19,6 +19,7 @@ from typing import Any
 from winnow.bench.machine import describe
 from winnow.bench.serve_model import words, write_model
 from winnow.bench.serve_servers import Start, free_port, launched
+from winnow.methods import load
 from winnow.models.random import PRESETS
 
 __all__ = ["check", "run"]
@@ -27,7 +28,10 @@ __all__ = ["check", "run"]
 _PROGRAM = (
     "import ctypes; ctypes.CDLL(None).prctl(15, b'winnow_soak', 0, 0, 0); from winnow.cli import main; main()"
 )
-_KV_MEMORY = 5 << 19  # tight: the pool gives way all the time, and requests are preempted
+_KV_MEMORY = 5 << 19  # tight: the pools give way all the time, and requests are preempted
+_SWAP_SPACE = 96 << 10  # takes some of them; the rest go to disk
+_KV_DIR = 1 << 20  # files go, too
+_BLEND = "blend"
 _PATIENCE = 300.0  # seconds within which everything must have ended
 
 
@@ -41,15 +45,28 @@ def _request(dice: random.Random, vocabulary: int, shared: str) -> tuple[str, di
         "cache_salt": dice.choice(["", "a", "b"]),
         "priority": dice.randint(-1, 1),
         "user": f"client-{dice.randrange(6)}",
-        "recipe": dice.choice(["full", "snapkv"]),
+        "recipe": dice.choice(["full", "snapkv", "small"]),
     }
     own = words(dice.randint(1, 600), vocabulary, dice)
     text = f"{shared} {own}" if dice.random() < 0.6 else own
+    if dice.random() < 0.15:
+        pieces = [words(40, vocabulary, random.Random(dice.randrange(8))) for _ in range(3)]
+        return "/v1/completions", {**body, "recipe": _BLEND, "prompt": " # ".join([*pieces, text])}
     if dice.random() < 0.5:
         return "/v1/completions", {**body, "prompt": text, "logprobs": dice.choice([None, 2])}
     if body["temperature"]:
         body["n"] = dice.randint(1, 3)
     return "/v1/chat/completions", {**body, "messages": [{"role": "user", "content": text}]}
+
+
+def _recipes(root: Path) -> list[str]:
+    """Recipes for the server: everything kept, entries dropped, a pool in a codec, a pool of chunks."""
+    for name, made in (
+        ("small", load("prefix-reuse", codec="int8")),
+        (_BLEND, load("cacheblend", separator=" # ")),
+    ):
+        (root / f"{name}.yaml").write_text(made.to_yaml())
+    return ["full", "snapkv", str(root / "small.yaml"), str(root / f"{_BLEND}.yaml")]
 
 
 def _send(port: int, seed: int, vocabulary: int, shared: str, ends: Counter[str]) -> None:
@@ -125,16 +142,20 @@ def run(
     with tempfile.TemporaryDirectory(prefix="winnow-soak-") as temporary:
         root, port = Path(temporary), free_port()
         write_model(root / "model", "tiny")
-        swap = root / "swap"
+        swap, kept = root / "swap", root / "kept"
         swap.mkdir()
+        recipes = _recipes(root)
         command = [
             *(sys.executable, "-c", _PROGRAM, "serve", str(root / "model")),
             *("--port", str(port), "--served-model-name", "soak", "--kv-memory", str(_KV_MEMORY)),
-            *("--recipe", "full", "--recipe", "snapkv", "--max-num-seqs", "6"),
-            *("--max-num-batched-tokens", "256", "--swap-dir", str(swap), "--log-level", "warning"),
+            *(option for recipe in recipes for option in ("--recipe", recipe)),
+            *("--max-num-seqs", "6", "--max-num-batched-tokens", "256", "--log-level", "warning"),
+            *("--swap-space", f"{_SWAP_SPACE}B", "--swap-dir", str(swap)),
+            *("--kv-dir", str(kept), "--kv-dir-size", str(_KV_DIR)),
         ]
         ends: Counter[str] = Counter()
         resident: list[int] = []
+        files: list[int] = []
         with launched(Start(command=command, port=port), root / "log") as process:
             for first in range(0, requests, batch):
                 seeds = list(range(first, min(first + batch, requests)))
@@ -155,6 +176,7 @@ def run(
                     thread.join()
                 state = _idle(port)
                 resident.append(_resident(process.pid))
+                files.append(sum(one.stat().st_size for one in kept.glob("*.kv")))
                 if progress is not None:
                     progress("soak", min(first + batch, requests), requests)
             urllib.request.urlopen(
@@ -162,6 +184,7 @@ def run(
             ).close()
             after = _get(port, "/stats")
             swapped = [str(one.relative_to(swap)) for one in swap.rglob("*.kv")]
+            left = [one.name for one in kept.iterdir()]
             log = (root / "log").read_text(errors="replace")
     return {
         "command": "winnow bench soak",
@@ -174,8 +197,14 @@ def run(
         "kv_limit": state["kv_limit"],
         "kv_peak": state["kv_peak"],
         "kv_idle": state["kv_bytes"],
-        "kv_after_reset": after["kv_bytes"],
+        "kv_idle_elsewhere": state["kv_elsewhere"],
+        "kv_after_reset": {**after["kv_bytes"], **after["kv_elsewhere"]},
+        "swap_space": state["swap_space"],
+        "swap_peak": state["swap_peak"],
         "swap_files": swapped,
+        "kv_dir_limit": _KV_DIR,
+        "kv_dir_bytes": files,
+        "kv_dir_files_after_reset": left,
         "log": log[-2000:],
     }
 
@@ -190,12 +219,22 @@ def check(report: dict[str, Any]) -> list[str]:
         wrong.append(f"requests ended badly: {bad}")
     if not 0 < report["kv_peak"] <= report["kv_limit"]:
         wrong.append(f"KV memory peaked at {report['kv_peak']} of {report['kv_limit']}")
-    if set(report["kv_idle"]) != {"host/pool"}:
+    if set(report["kv_idle"]) != {"host/pool", "host/chunks"}:
         wrong.append(f"sequences still hold memory: {report['kv_idle']}")
+    if not 0 < report["kv_idle"]["host/chunks"] + report["kv_idle"]["host/pool"] <= report["kv_limit"]:
+        wrong.append(f"the pools hold {report['kv_idle']} of {report['kv_limit']}")
+    if set(report["kv_idle_elsewhere"]) != {"disk/pool"}:
+        wrong.append(f"preempted sequences still wait somewhere: {report['kv_idle_elsewhere']}")
     if any(report["kv_after_reset"].values()):
         wrong.append(f"KV memory is not accounted for: {report['kv_after_reset']}")
+    if not 0 < report["swap_peak"] <= report["swap_space"]:
+        wrong.append(f"the swap peaked at {report['swap_peak']} of {report['swap_space']}")
     if report["swap_files"]:
         wrong.append(f"files of preempted sequences are left: {report['swap_files']}")
+    if not 0 < max(report["kv_dir_bytes"]) <= report["kv_dir_limit"]:
+        wrong.append(f"the files took {max(report['kv_dir_bytes'])} of {report['kv_dir_limit']} bytes")
+    if report["kv_dir_files_after_reset"]:
+        wrong.append(f"files are left after a reset: {report['kv_dir_files_after_reset']}")
     resident = report["resident"]
     if len(resident) >= 8:
         plateau, last = median(resident[len(resident) // 2 :]), resident[-1]

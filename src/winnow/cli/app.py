@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from winnow import __version__
-from winnow.cli import bench, bench_serve, catalogue, profile, run, serve
+from winnow.cli import bench, bench_files, bench_serve, catalogue, profile, run, serve
 
 __all__ = ["app"]
 
@@ -45,3 +45,4 @@ app.add_typer(profile.profile_app, name="profile")
 app.add_typer(bench.bench_app, name="bench")
 bench.bench_app.command("serve")(bench_serve.serve)
 bench.bench_app.command("soak")(bench_serve.soak)
+bench.bench_app.command("files")(bench_files.files)

@@ -16,11 +16,12 @@ _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
 
 def _bytes(text: str, bare: str = "") -> int:
-    """``4GiB``, ``512M`` or ``1000000`` as bytes; ``bare`` is the unit of a number without one."""
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?", text.strip(), re.IGNORECASE)
+    """``4GiB``, ``512M``, ``12B`` or ``1000000`` as bytes; ``bare`` is the unit of a number alone."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?B)?", text.strip(), re.IGNORECASE)
     if found is None:
         raise ValueError(f"{text!r} is no size; write it as 4GiB, 512MiB or a number of bytes")
-    return int(float(found[1]) * _UNITS[found[2].upper() or bare])
+    unit = found[2].upper() or ("" if found[3] else bare)
+    return int(float(found[1]) * _UNITS[unit])
 
 
 def serve(

@@ -10,6 +10,7 @@ cross neither models, salts nor codecs. The least recently used go where the siz
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
 import os
@@ -88,6 +89,7 @@ class FilePool:
         self._files: dict[Path, _File] = {}
         self._by_page: dict[_Digest, list[_File]] = {}
         self._mutex = threading.Lock()
+        self._writing = threading.Lock()
         self.dropped = 0
         self._read_directory()
         self._jobs: queue.Queue[tuple[list[int], str] | None] = queue.Queue(_BACKLOG)
@@ -137,11 +139,16 @@ class FilePool:
         self._memory.resize(capacity_bytes)
 
     def clear(self) -> None:
-        """Forget what is in memory and every file."""
-        self._memory.clear()
-        with self._mutex:
-            for file in list(self._files.values()):
-                self._remove(file)
+        """Forget what is in memory, every file, and what waits to become one."""
+        with contextlib.suppress(queue.Empty):
+            while True:
+                self._jobs.get_nowait()
+                self._jobs.task_done()
+        with self._writing:  # a file that is half written would come back
+            self._memory.clear()
+            with self._mutex:
+                for file in list(self._files.values()):
+                    self._remove(file)
 
     def bytes_on_disk(self) -> int:
         """Bytes of all files."""
@@ -276,7 +283,8 @@ class FilePool:
             try:
                 if job is None:
                     return
-                self._write(*job)
+                with self._writing:
+                    self._write(*job)
             except (files.StoreFileError, OSError) as error:
                 _log.warning("a sequence was not saved", extra={"reason": str(error)})
             finally:
