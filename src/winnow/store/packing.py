@@ -2,9 +2,8 @@
 
 The exponents of keys and values take a handful of values, their signs and mantissas all of them. So numbers
 are turned left by one bit, which brings the exponent together, and cut into planes of bytes: the plane with
-the exponents shrinks to its entropy, about 3 of 8 bits, and the others stay as they are. That is what ZipNN
-(arXiv 2411.05239) and DFloat11 (arXiv 2504.11651) do to weights. Huffman coding comes from zlib without its
-search for repetitions, which finds none here; nothing but the standard library reads such a file.
+the exponents shrinks to 2 or 3 of 8 bits, and the others stay as they are. That is what ZipNN (arXiv
+2411.05239) and DFloat11 (arXiv 2504.11651) do to weights. The coder is Zstandard at its first level.
 
 A stream is a row of blocks::
 
@@ -16,13 +15,17 @@ A stream is a row of blocks::
 from __future__ import annotations
 
 import struct
-import zlib
 from collections.abc import Iterator
+from types import ModuleType
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    import zstandard
 
 __all__ = ["pack", "unpack"]
 
@@ -30,14 +33,33 @@ _HEAD = struct.Struct("<IBB")
 _LENGTH = struct.Struct("<I")
 _BLOCK = 1 << 20  # bytes: small enough for a core's cache
 _SAMPLE = 1 << 13
+_LEVEL = 1
 # Bits per byte above which a plane is not worth the time.
 _WORTH = 7.5
 
 _Bytes = npt.NDArray[np.uint8]
 
 
+def _library() -> ModuleType:
+    try:
+        import zstandard
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            "packed entries need the package zstandard; install it with winnow-llm[serve]"
+        ) from error
+    return zstandard
+
+
 def pack(tensor: Tensor) -> Iterator[bytes]:
-    """The blocks of a contiguous tensor on the host."""
+    """The blocks of a contiguous tensor on the host.
+
+    Raises
+    ------
+    ValueError
+        The package zstandard is missing.
+    """
+    # What unpacks knows the size of a plane, and believes no other.
+    coder = _library().ZstdCompressor(level=_LEVEL, write_content_size=False)
     flat = tensor.reshape(-1).view(torch.uint8).numpy()
     item = tensor.element_size()
     turned = tensor.is_floating_point() and item > 1
@@ -46,7 +68,7 @@ def pack(tensor: Tensor) -> Iterator[bytes]:
         yield _HEAD.pack(len(block), item, turned)
         numbers = _turned(block, item, 1).view(np.uint8) if turned else block
         for plane in range(item):
-            packed = _packed(np.ascontiguousarray(numbers[plane::item]))
+            packed = _packed(coder, np.ascontiguousarray(numbers[plane::item]))
             yield _LENGTH.pack(len(packed))
             yield packed
 
@@ -57,8 +79,10 @@ def unpack(stream: memoryview, out: memoryview) -> None:
     Raises
     ------
     ValueError
-        The stream is damaged, or of another length.
+        The stream is damaged or of another length, or the package zstandard is missing.
     """
+    library = _library()
+    coder = library.ZstdDecompressor()
     at = done = 0
     try:
         while at < len(stream):
@@ -70,11 +94,11 @@ def unpack(stream: memoryview, out: memoryview) -> None:
             for plane in range(item):
                 (length,) = _LENGTH.unpack_from(stream, at)
                 at += _LENGTH.size
-                numbers[plane::item] = _unpacked(stream[at : at + length], size // item)
+                numbers[plane::item] = _unpacked(coder, stream[at : at + length], size // item)
                 at += length
             out[done : done + size] = (_turned(numbers, item, -1).view(np.uint8) if turned else numbers).data
             done += size
-    except (struct.error, zlib.error) as error:
+    except (struct.error, library.ZstdError) as error:
         raise ValueError(f"a block cannot be unpacked ({error})") from error
     if done != len(out):
         raise ValueError("blocks are missing")
@@ -87,22 +111,21 @@ def _turned(block: _Bytes, item: int, by: int) -> npt.NDArray[np.unsignedinteger
     return (numbers << left) | (numbers >> (8 * item - left))
 
 
-def _packed(plane: _Bytes) -> bytes:
+def _packed(coder: zstandard.ZstdCompressor, plane: _Bytes) -> bytes:
     sample = plane[:: max(1, len(plane) // _SAMPLE)]
     share = np.bincount(sample, minlength=256) / max(len(sample), 1)
     share = share[share > 0]
     if -(share * np.log2(share)).sum() < _WORTH:
-        coder = zlib.compressobj(1, zlib.DEFLATED, -zlib.MAX_WBITS, 9, zlib.Z_HUFFMAN_ONLY)
-        packed = coder.compress(plane.data) + coder.flush()
+        packed: bytes = coder.compress(plane.data)
         if len(packed) < len(plane):
             return packed
     return plane.tobytes()
 
 
-def _unpacked(packed: memoryview, size: int) -> _Bytes:
+def _unpacked(coder: zstandard.ZstdDecompressor, packed: memoryview, size: int) -> _Bytes:
     if len(packed) == size:
         return np.frombuffer(packed, dtype=np.uint8)
-    plane = zlib.decompressobj(-zlib.MAX_WBITS).decompress(packed, size)
+    plane = coder.decompress(packed, max_output_size=size)
     if len(plane) != size:
         raise ValueError("a plane has the wrong length")
     return np.frombuffer(plane, dtype=np.uint8)
