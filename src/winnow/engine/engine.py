@@ -267,7 +267,8 @@ class Engine:
         generation = self.recipe.generation
         multiple = generation.chunk_multiple if generation is not None else 1
         block = self.recipe.compression.block if self.recipe.compression is not None else 0
-        return share([(r.pending, multiple, r.sequence.store.length) for r in runs], self.limits, block)
+        waiting = [(r.pending - r.divided, multiple, r.sequence.store.length + r.divided) for r in runs]
+        return share(waiting, self.limits, block)
 
     def _step(self) -> list[Event]:
         shares = self._shares(self._running)
@@ -449,6 +450,12 @@ class Engine:
         """The same by ``tier/codec``."""
         held: Counter[str] = Counter()
         for sequence in self._sequences():
+    def bytes_of_division(self, division: Division | None) -> int:
+        """Most bytes of all chunks of a prompt together."""
+        if self.repair is None or division is None:
+            return 0
+        return sum(self.bytes_of(len(division.begin) + count) for count in division.lengths)
+
             held.update(sequence.bytes_stored())
         del held["host/shared"]
         return dict(held)

@@ -309,7 +309,7 @@ class FilePool:
                 capacity=length,
             ) as store:
                 store.adopt(match.layers, length)
-                memory = _memory(store)
+                memory = _bytes_back(store)
                 if memory > self._limit:
                     return  # the newest file would drive out every other, and then go itself
                 header = {"pages": [digest.hex() for digest in pages], "memory": memory, "codec": codec}
@@ -334,7 +334,7 @@ class FilePool:
             self._shrink()
 
 
-def _memory(store: SequenceStore) -> int:
+def _bytes_back(store: SequenceStore) -> int:
     """Most bytes that a store takes once it is read back: tables begin on pages of their own."""
     segments = [segment for layer in range(store.layers) for segment in store.segments(layer)]
     planes = sum(len(stored_rows(segment).planes) * segment.heads for segment in segments)

@@ -122,12 +122,9 @@ class Worker:
             400 where it can never fit, 429 where the queue is full, 503 while shutting down.
         """
         engine = self.engines[job.recipe]
-        prompt = engine.bytes_of(len(job.tokens))
-        chunks = job.division.lengths if job.division is not None and engine.repair is not None else ()
-        most = prompt + max(
-            job.params.n * engine.bytes_of(job.params.max_new_tokens),
-            sum(engine.bytes_of(count + len(job.division.begin)) for count in chunks),
-        )
+        answers = job.params.n * engine.bytes_of(job.params.max_new_tokens)
+        # Chunks are in use until the prompt is read, answers grow from then on.
+        most = engine.bytes_of(len(job.tokens)) + max(answers, engine.bytes_of_division(job.division))
         if most > self.memory.limit:
             raise ApiError(
                 400,

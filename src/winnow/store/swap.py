@@ -24,6 +24,7 @@ from winnow.store.sequence import SequenceStore
 __all__ = ["Parked", "Swap"]
 
 _names = itertools.count()
+_INDEX = 16 << 20  # address space for what a file holds besides entries; memory is taken as it is written
 
 
 class _Memory(BufferedIOBase):
@@ -116,10 +117,18 @@ class Swap:
         For what host memory has no room for.
     space : int
         Most bytes of host memory.
+
+    Attributes
+    ----------
+    parked : list of Parked
+        What waits.
+    peak : int
+        Most bytes of host memory that were held at a time.
     """
 
     def __init__(self, directory: Path, space: int = 0) -> None:
         self.space = space
+        self.peak = 0
         self.parked: list[Parked] = []
         self._directory = directory
 
@@ -141,17 +150,18 @@ class Swap:
         back = sum(store.bytes().values()) + store.shared_bytes()
         parked = self._in_memory(store, back) or self._on_disk(store, back)
         self.parked.append(parked)
+        self.peak = max(self.peak, self.bytes().get("swap", 0))
         return parked
 
     def _in_memory(self, store: SequenceStore, back: int) -> Parked | None:
         left = (self.space - self.bytes().get("swap", 0)) // PAGE * PAGE
-        # Packing hardly ever halves entries: what will not fit is not tried.
-        if left <= 0 or back > 2 * left:
+        # Packing seldom makes a third of entries: what will hardly fit is not tried.
+        if left <= 0 or back > 3 * left:
             return None
-        memory = _Memory(left)
+        memory = _Memory(min(left, -(-back // PAGE) * PAGE + _INDEX))
         try:
             files.write(store, memory, {}, packed=True)
-        except OSError:
+        except OSError:  # it does not fit
             memory.close()
             return None
         return Parked(self, memory, memory.nbytes(), back)
