@@ -493,7 +493,9 @@ class Engine:
         return self._shares([*self._running, *self._waiting[:room]])
 
     def _sequences(self) -> list[Sequence]:
-        return [*(run.sequence for run in [*self._running, *self._waiting]), *self._prompts]
+        # What a compression remembers of a suspended sequence stays here while its entries are away.
+        away = [one.run for of in self._suspended.values() for one in of]
+        return [*(run.sequence for run in [*self._running, *self._waiting, *away]), *self._prompts]
 
     def suspend(self, result: Result, swap: Swap) -> None:
         """Send every sample of a request to a swap; it goes on after :meth:`resume` as if nothing had been.
