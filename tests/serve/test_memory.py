@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
+import os
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -17,6 +21,7 @@ from winnow.methods import load, rows
 from winnow.models.load import load_model
 from winnow.models.swiftkv.model import transformed
 from winnow.recipe import Recipe
+from winnow.serve.scratch import Scratch
 from winnow.store.swap import Swap
 
 RECIPES = {
@@ -172,7 +177,7 @@ def test_growing_answers_preempt_the_youngest_and_all_end(start, tmp_path, place
     limit = 5 << 18
     server = start(kv_memory=limit, swap_space=SPACES[place], swap_dir=tmp_path, prefix_caching=False)
     if place == "swap":  # nothing may need the disk
-        server.worker._swap_dir.cleanup()
+        server.worker._scratch.close()
     seen = watch(server)
     options = [{"model": "tiny", "prompt": prompt(20, i), "max_tokens": 400} for i in range(6)]
     alone = start(prefix_caching=False)
@@ -205,7 +210,7 @@ def watch(server) -> list[dict[str, int]]:
     The ledger must agree with the files that are there.
     """
     seen: list[dict[str, int]] = []
-    suspend, directory = server.worker._suspend, Path(server.worker._swap_dir.name)
+    suspend, directory = server.worker._suspend, server.worker._scratch.path
 
     def suspended(job) -> None:
         suspend(job)
@@ -288,7 +293,7 @@ def test_a_client_that_goes_away_while_its_request_is_swapped_frees_it(start, tm
 
 def test_where_the_disk_fails_only_the_preempted_fail(start):
     server = start(kv_memory=5 << 18, prefix_caching=False)
-    Path(server.worker._swap_dir.name).rmdir()
+    server.worker._scratch.close()
     options = [{"model": "tiny", "prompt": prompt(20, i), "max_tokens": 400} for i in range(6)]
 
     def ask(one: dict) -> int:
@@ -305,6 +310,30 @@ def test_where_the_disk_fails_only_the_preempted_fail(start):
     server.idle()
     assert server.worker.memory.held() == 0
     assert ask(options[0]) == 200
+
+
+def test_what_a_killed_server_left_in_the_swap_is_removed(tmp_path):
+    program = (
+        "import sys, time; from pathlib import Path; from winnow.serve.scratch import Scratch; "
+        "one = Scratch(Path(sys.argv[1])); (one.path / '7.kv').write_bytes(bytes(100)); "
+        "print(one.path, flush=True); time.sleep(60)"
+    )
+    command = [sys.executable, "-c", program, str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as other:
+        left = Path(other.stdout.readline().strip())
+        os.utime(left, (1, 1))  # old enough
+        living = Scratch(tmp_path)
+        assert (left / "7.kv").exists()  # its process lives
+        other.kill()
+        other.wait()
+    os.utime(left, (1, 1))
+    with contextlib.closing(Scratch(tmp_path)):
+        assert not left.exists()
+        assert living.path.exists()
+    living.close()
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(ValueError, match="--swap-dir"):
+        Scratch(tmp_path / "missing")
 
 
 def test_what_can_never_fit_is_refused_at_once(start):

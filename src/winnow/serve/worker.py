@@ -7,7 +7,6 @@ cancellations under one lock; the thread looks at them between two steps.
 from __future__ import annotations
 
 import logging
-import tempfile
 import threading
 import time
 from collections import deque
@@ -21,6 +20,7 @@ from winnow.serve.fairness import FairQueue
 from winnow.serve.job import Ended, Failed, Job, Piece
 from winnow.serve.memory import Memory
 from winnow.store.swap import Swap
+from winnow.serve.scratch import Scratch
 
 __all__ = ["Counters", "Worker"]
 
@@ -80,8 +80,8 @@ class Worker:
         on_stop: Callable[[], None] | None = None,
     ) -> None:
         self.engines = dict(engines)
-        self._swap_dir = tempfile.TemporaryDirectory(prefix="winnow-swap-", dir=swap_dir)
-        self.swap = Swap(Path(self._swap_dir.name), swap_space)
+        self._scratch = Scratch(swap_dir)
+        self.swap = Swap(self._scratch.path, swap_space)
         self.memory = Memory(kv_memory, list(self.engines.values()), self.swap)
         self.counters = Counters()
         self.recent: deque[Job] = deque(maxlen=_RECENT)
@@ -167,7 +167,7 @@ class Worker:
             self._thread.join(timeout)
         if self._on_stop is not None:
             self._on_stop()
-        self._swap_dir.cleanup()
+        self._scratch.close()
 
     def waiting(self) -> list[Job]:
         """Jobs that wait, preempted ones included."""
