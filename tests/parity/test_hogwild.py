@@ -7,7 +7,8 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 import winnow
-from winnow.engine.request import SamplingParams
+from tests.parity.families import make
+from winnow.engine.request import SamplingParams, Stats
 from winnow.engine.shared_blocks import Block, View, forward
 from winnow.engine.workers import Hogwild
 
@@ -141,6 +142,95 @@ def test_the_order_of_the_workers_in_the_batch_does_not_matter(llm):
 
     straight, turned = step([0, 1, 2]), step([2, 0, 1])
     torch.testing.assert_close(straight[[2, 0, 1]], turned, atol=1e-4, rtol=0)
+
+
+class Dense:
+    """A step of several workers in plain PyTorch: every view's keys turned to where they lie in it."""
+
+    def __init__(self, model, views, counts):
+        self.model, self.views = model, views
+        ends = [sum(counts[: i + 1]) for i in range(len(counts))]
+        self.rows = [slice(end - n, end) for end, n in zip(ends, counts, strict=True)]
+        self.written = {id(view.own): rows for view, rows in zip(views, self.rows, strict=True)}
+        self.offsets, self.positions = [], []
+        for view, n in zip(views, counts, strict=True):
+            at, offsets = 0, []
+            for block in view.blocks:
+                offsets.append(at)
+                rows = self.written.get(id(block), slice(0, 0))
+                at += len(block) + rows.stop - rows.start
+            self.offsets.append(offsets)
+            self.positions.append(torch.arange(at - n, at))
+
+    def turned(self, layer, k_HSD, by):
+        rotary = self.model.rotary(layer)
+        return k_HSD if rotary is None else rotary.turn(k_HSD, torch.full((k_HSD.shape[1],), by))
+
+    def entries(self, layer, block, k_NHD, v_NHD):
+        """What a block holds with what is written to it now, keys as if it began at 0."""
+        held = block.store.decoded(layer)
+        k_HSD, v_HSD = held.k[:, : len(block)], held.v[:, : len(block)]
+        for rows, view, offsets in zip(self.rows, self.views, self.offsets, strict=True):
+            if view.own is block:
+                new_HTD = self.turned(layer, k_NHD[rows].transpose(0, 1), -offsets[-1])
+                k_HSD = torch.cat([k_HSD, new_HTD], 1)
+                v_HSD = torch.cat([v_HSD, v_NHD[rows].transpose(0, 1)], 1)
+        return k_HSD, v_HSD
+
+    def __call__(self, layer, q_NHD, k_NHD, v_NHD, spec):
+        outs = []
+        for rows, view, offsets in zip(self.rows, self.views, self.offsets, strict=True):
+            keys, values = [], []
+            for block, at in zip(view.blocks, offsets, strict=True):
+                k_HSD, v_HSD = self.entries(layer, block, k_NHD, v_NHD)
+                keys.append(self.turned(layer, k_HSD, at))
+                values.append(v_HSD)
+            outs.append(causal(q_NHD[rows], torch.cat(keys, 1), torch.cat(values, 1), spec))
+        return torch.cat(outs)
+
+
+def causal(q_THD, k_HSD, v_HSD, spec):
+    """Attention of the last queries of a text over all of it, with whatever the model puts on top."""
+    group = q_THD.shape[1] // len(k_HSD)
+    k_ASD, v_ASD = k_HSD.repeat_interleave(group, 0), v_HSD.repeat_interleave(group, 0)
+    logits_ATS = torch.einsum("tad,asd->ats", q_THD, k_ASD) * spec.scale
+    if spec.softcap is not None:
+        logits_ATS = spec.softcap * torch.tanh(logits_ATS / spec.softcap)
+    at_S = torch.arange(k_HSD.shape[1])
+    back_TS = at_S[-len(q_THD) :, None] - at_S
+    seen_TS = (back_TS >= 0) & (back_TS < (spec.window or len(at_S)))
+    logits_ATS = logits_ATS.masked_fill(~seen_TS, -torch.inf)
+    if spec.sinks is not None:
+        sinks_AT1 = spec.sinks[:, None, None].expand(-1, len(q_THD), 1)
+        logits_ATS = torch.cat([logits_ATS, sinks_AT1], 2)
+    return torch.einsum("ats,asd->tad", logits_ATS.softmax(2)[..., : len(at_S)], v_ASD)
+
+
+@pytest.mark.parametrize("family", ["llama", "yarn", "glm4", "gemma2", "gpt-oss", "smollm3"])
+@pytest.mark.parametrize("news", [(1, 1, 1), (1, 3, 1), (2, 1, 1)])
+def test_a_step_equals_dense_attention_over_every_view(family, news):
+    """Blocks that all see, one that only one sees, workers with one token beside workers with several."""
+    small = winnow.load(make(family))
+    common, a, b, extra = (written(small, prompt(n, n)) for n in (21, 6, 9, 4))
+    new = Block(small.model)
+    views = [View([common, b, new, a]), View([common, extra, new, a, b]), View([common, a, new])]
+    tokens = [prompt(n, 40 + i) for i, n in enumerate(news)]
+    dense = Dense(small.model, views, news)
+    everything = torch.tensor([token for of in tokens for token in of])
+    last = torch.tensor(news).cumsum(0) - 1
+    wanted = small.model.forward(everything, torch.cat(dense.positions), last, dense)
+    got = forward(small.model, views, tokens)
+    torch.testing.assert_close(got, wanted, atol=3e-4, rtol=1e-3)
+
+
+def test_what_workers_read_together_is_read_once(llm):
+    common, own = written(llm, prompt(30)), [written(llm, prompt(n, n)) for n in (5, 8, 3)]
+    views = [View([common, *(b for b in own if b is not mine), mine]) for mine in own]
+    stats = Stats()
+    forward(llm.model, views, [prompt(1, i) for i in range(3)], stats=stats)
+    seen = 30 + 5 + 8 + 3 + 3  # every entry, those of this step among them
+    assert stats.decode_score_entries == 3 * seen * 4 * 3  # workers, query heads, layers
+    assert sum(stats.bytes_read.values()) == seen * 2 * 3 * (2 * 16 * 4)  # KV heads, layers, K and V
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "interleaved", "combined"])

@@ -8,16 +8,19 @@ by as much. Attention over the blocks of a view is merged exactly.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from winnow.engine.request import Stats
 from winnow.kernels.backend import Backend
 from winnow.kernels.decode import decode
 from winnow.kernels.merge import add_sinks, merge
 from winnow.kernels.prefill import prefill
+from winnow.store.codecs import EncodedSegment
 from winnow.store.sequence import SequenceStore
-from winnow.types import AttentionSpec, LanguageModel, Partial
+from winnow.types import AttentionSpec, LanguageModel, Partial, Segment
 
 __all__ = ["Block", "View", "forward"]
 
@@ -102,6 +105,7 @@ def forward(
     views: Sequence[View],
     tokens: Sequence[Sequence[int]],
     *,
+    stats: Stats | None = None,
     backend: Backend = "auto",
 ) -> Tensor:
     """Let every worker read new tokens at the end of its own block, all in one packed batch.
@@ -116,6 +120,9 @@ def forward(
         One per worker, writing different blocks.
     tokens : sequence of sequence of int
         At least one new token per worker.
+    stats : Stats or None
+        Gets the scores and the bytes read, all workers together.
+    backend : Backend
 
     Returns
     -------
@@ -129,7 +136,7 @@ def forward(
     """
     own = [view.own for view in views]
     assert len({id(block) for block in own}) == len(own), "every worker writes a block of its own"
-    step = _Step(model, views, [len(new) for new in tokens], backend)
+    step = _Step(model, views, [len(new) for new in tokens], stats or Stats(), backend)
     longest = max(int(at_T[-1]) for at_T in step.positions)
     if longest >= model.max_length:
         raise ValueError(
@@ -148,6 +155,24 @@ def forward(
     return logits
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Shared:
+    """A block, and who reads it together.
+
+    Attributes
+    ----------
+    block : Block
+    readers : Tensor
+        ``[R]`` int64, numbered among the workers that advance by one token.
+    by : Tensor
+        ``[R]`` int64 positions by which their queries are turned.
+    """
+
+    block: Block
+    readers: Tensor
+    by: Tensor
+
+
 class _Step:
     """The attention callable of one forward pass.
 
@@ -158,12 +183,19 @@ class _Step:
     """
 
     def __init__(
-        self, model: LanguageModel, views: Sequence[View], counts: list[int], backend: Backend
+        self,
+        model: LanguageModel,
+        views: Sequence[View],
+        counts: list[int],
+        stats: Stats,
+        backend: Backend,
     ) -> None:
         self._model = model
         self._views = views
+        self._stats = stats
         self._backend = backend
-        self._counts = counts
+        ends = [sum(counts[: i + 1]) for i in range(len(counts))]
+        self._rows = [slice(end - n, end) for end, n in zip(ends, counts, strict=True)]
         # Lengths when everybody has written: where a block lies depends on what is written before it.
         grown = {id(view.own): n for view, n in zip(views, counts, strict=True)}
         self._offsets: list[list[int]] = []
@@ -173,62 +205,122 @@ class _Step:
             self._offsets.append([sum(lengths[:i]) for i in range(len(lengths))])
             end = sum(lengths)
             self.positions.append(torch.arange(end - n, end, dtype=torch.int32))
+        # New keys are stored as if their block began at 0.
+        self._own = torch.cat(
+            [torch.full((n,), -offsets[-1]) for n, offsets in zip(counts, self._offsets, strict=True)]
+        )
+        self._single = [worker for worker, n in enumerate(counts) if n == 1]
+        self._single_rows = torch.tensor([self._rows[worker].start for worker in self._single])
+        self._shared = self._readers()
+
+    def _readers(self) -> list[_Shared]:
+        """Every block that holds something, with the workers of one token that see it."""
+        seen: dict[int, tuple[Block, list[tuple[int, int]]]] = {}
+        for reader, worker in enumerate(self._single):
+            for block, offset in zip(self._views[worker].blocks, self._offsets[worker], strict=True):
+                seen.setdefault(id(block), (block, []))[1].append((reader, -offset))
+        writing = {id(view.own) for view in self._views}
+        return [
+            _Shared(block=block, readers=readers_R, by=by_R)
+            for block, pairs in seen.values()
+            if len(block) or id(block) in writing
+            for readers_R, by_R in [torch.tensor(pairs).unbind(1)]
+        ]
 
     def __call__(
         self, layer: int, q_NHD: Tensor, k_NHD: Tensor, v_NHD: Tensor, spec: AttentionSpec
     ) -> Tensor:
         """As ``types.Attend``: all workers write, then all read."""
-        rows, first = [], 0
-        for n in self._counts:
-            rows.append(slice(first, first + n))
-            first += n
-        for of, view, offsets in zip(rows, self._views, self._offsets, strict=True):
-            n = of.stop - of.start
-            at_T = torch.arange(len(view.own), len(view.own) + n, dtype=torch.int32)
-            view.own.store.append(layer, self._turned(layer, k_NHD[of], -offsets[-1]), v_NHD[of], at_T)
-        return torch.cat(
-            [
-                self._attend(layer, q_NHD[of], view, offsets, at_T, spec).out.to(q_NHD.dtype)
-                for of, view, offsets, at_T in zip(
-                    rows, self._views, self._offsets, self.positions, strict=True
-                )
-            ]
-        )
+        k_NHD = self._turned(layer, k_NHD, self._own)
+        for rows, view in zip(self._rows, self._views, strict=True):
+            at = len(view.own)
+            at_T = torch.arange(at, at + rows.stop - rows.start, dtype=torch.int32)
+            view.own.store.append(layer, k_NHD[rows], v_NHD[rows], at_T)
+        # A window ends at another entry for each worker, so those layers are read one by one.
+        together = self._single if spec.window is None else []
+        out_NHD = torch.empty_like(q_NHD)
+        if together:
+            partial = self._attend_together(layer, q_NHD, spec)
+            out_NHD[self._single_rows] = _with_sinks(partial, spec).out.to(q_NHD.dtype)
+        for worker, rows in enumerate(self._rows):
+            if worker not in together:
+                partial = self._attend_alone(layer, q_NHD[rows], worker, spec)
+                out_NHD[rows] = _with_sinks(partial, spec).out.to(q_NHD.dtype)
+        return out_NHD
 
-    def _attend(
-        self,
-        layer: int,
-        q_THD: Tensor,
-        view: View,
-        offsets: list[int],
-        positions_T: Tensor,
-        spec: AttentionSpec,
-    ) -> Partial:
+    def _attend_together(self, layer: int, q_NHD: Tensor, spec: AttentionSpec) -> Partial:
+        """``[W, H * G, D]``: attention of every worker that advances by one token, over all it sees.
+
+        The workers of a block stand beside the query heads of a KV head: to the kernel they are one
+        larger group that shares its entries. All of a block lies before the tokens that look at it.
+        """
+        readers_P = torch.cat([one.readers for one in self._shared])
+        by_P = torch.cat([one.by for one in self._shared])
+        near_PHD = self._turned(layer, q_NHD[self._single_rows[readers_P]], by_P)
+        workers, dim = len(self._single), q_NHD.shape[2]
+        near = near_PHD.split([len(one.readers) for one in self._shared])
         partials = []
-        for block, offset in zip(view.blocks, offsets, strict=True):
-            segments = block.store.segments(layer)
-            if not segments:
-                continue
-            q_near = self._turned(layer, q_THD, -offset)
-            at_T = positions_T - offset
-            for segment in segments:
-                if q_THD.shape[0] == 1:
-                    for tile in segment.tiles(1024):
-                        partials.append(
-                            decode(q_near[0], tile, spec=spec, position=int(at_T[0]), backend=self._backend)
-                        )
-                else:
-                    partials.append(
-                        prefill(
-                            q_near, segment.decode(), spec=spec, query_positions=at_T, backend=self._backend
-                        )
+        for shared, q_RHD in zip(self._shared, near, strict=True):
+            for segment in shared.block.store.segments(layer):
+                q_HRGD = q_RHD.view(len(q_RHD), segment.heads, -1, dim).transpose(0, 1)
+                for tile in segment.tiles(1024):
+                    partial = decode(
+                        q_HRGD.reshape(-1, dim),
+                        tile,
+                        spec=spec,
+                        position=self._model.max_length,
+                        backend=self._backend,
                     )
-        partial = merge(partials)
-        return partial if spec.sinks is None else add_sinks(partial, spec.sinks)
+                    self._count(segment, partial)
+                    partials.append(_by_worker(partial, shared.readers, workers, segment.heads))
+        return merge(partials)
 
-    def _turned(self, layer: int, x_THD: Tensor, by: int) -> Tensor:
+    def _attend_alone(self, layer: int, q_THD: Tensor, worker: int, spec: AttentionSpec) -> Partial:
+        """``[T, H * G, D]``: attention of one worker's tokens, over all it sees."""
+        partials = []
+        positions_T = self.positions[worker]
+        for block, offset in zip(self._views[worker].blocks, self._offsets[worker], strict=True):
+            if not (segments := block.store.segments(layer)):
+                continue
+            q_near = self._turned(layer, q_THD, torch.full((len(q_THD),), -offset))
+            for segment in segments:
+                partial = prefill(
+                    q_near,
+                    segment.decode(),
+                    spec=spec,
+                    query_positions=positions_T - offset,
+                    backend=self._backend,
+                )
+                self._count(segment, partial)
+                partials.append(partial)
+        return merge(partials)
+
+    def _count(self, segment: Segment | EncodedSegment, partial: Partial) -> None:
+        self._stats.decode_score_entries += partial.pairs
+        # Query heads of a KV head share each load, and so do the rows of a call.
+        seen = partial.pairs * segment.heads // partial.lse.shape[1]
+        entries = min(seen, int(segment.lengths.sum()))
+        for tier, size in segment.reads.items():
+            kind = f"{tier}/{segment.codec}"
+            self._stats.bytes_read[kind] = self._stats.bytes_read.get(kind, 0) + entries * size
+
+    def _turned(self, layer: int, x_NHD: Tensor, by_N: Tensor) -> Tensor:
         rotary = self._model.rotary(layer)
-        if by == 0 or rotary is None:
-            return x_THD
-        by_T = torch.full((x_THD.shape[0],), by, dtype=torch.int32)
-        return rotary.turn(x_THD.transpose(0, 1), by_T).transpose(0, 1)
+        return x_NHD if rotary is None else rotary.turn(x_NHD.transpose(0, 1), by_N).transpose(0, 1)
+
+
+def _by_worker(partial: Partial, readers_R: Tensor, workers: int, heads: int) -> Partial:
+    """Rows ``[W, H * G, D]`` of a result in which readers were part of the groups; nothing for others."""
+    count, dim = len(readers_R), partial.out.shape[2]
+    out_RHD = partial.out.view(heads, count, -1, dim).transpose(0, 1).reshape(count, -1, dim)
+    lse_RH = partial.lse.view(heads, count, -1).transpose(0, 1).reshape(count, -1)
+    if count == workers:
+        return Partial(out=out_RHD, lse=lse_RH, pairs=partial.pairs)
+    out_WHD = out_RHD.new_zeros(workers, *out_RHD.shape[1:])
+    lse_WH = lse_RH.new_full((workers, lse_RH.shape[1]), -torch.inf)
+    out_WHD[readers_R], lse_WH[readers_R] = out_RHD, lse_RH
+    return Partial(out=out_WHD, lse=lse_WH, pairs=partial.pairs)
+
+
+def _with_sinks(partial: Partial, spec: AttentionSpec) -> Partial:
+    return partial if spec.sinks is None else add_sinks(partial, spec.sinks)

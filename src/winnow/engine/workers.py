@@ -9,13 +9,13 @@ from typing import Literal
 
 from torch import Tensor
 
-from winnow.engine.request import SamplingParams
+from winnow.engine.request import SamplingParams, Stats
 from winnow.engine.sampling import generator, sample
 from winnow.engine.shared_blocks import Block, View, forward
 from winnow.kernels.backend import Backend
 from winnow.types import LanguageModel
 
-__all__ = ["Hogwild", "Layout", "WorkersResult"]
+__all__ = ["Crew", "Hogwild", "Layout", "WorkersResult"]
 
 Layout = Literal["contiguous", "interleaved", "combined"]
 Encode = Callable[[str], list[int]]
@@ -115,11 +115,8 @@ class Hogwild:
         """
         if not prompt:
             raise ValueError("the prompt is empty; give at least one token")
-        crew = _Crew(self, model, encode, decode, backend)
-        try:
+        with Crew(self, model, encode, decode, backend=backend) as crew:
             return crew.run(list(prompt), params)
-        finally:
-            crew.close()
 
 
 @dataclass(kw_only=True)
@@ -139,6 +136,8 @@ class WorkersResult:
         Time of those, the prompt's left out.
     bytes_stored : int
         Measured bytes of all blocks at the end.
+    bytes_read : int
+        KV bytes that those passes read; what several workers read together counts once.
     """
 
     texts: list[str]
@@ -147,6 +146,7 @@ class WorkersResult:
     steps: int = 0
     seconds: float = 0.0
     bytes_stored: int = 0
+    bytes_read: int = 0
 
 
 @dataclass(kw_only=True)
@@ -161,35 +161,50 @@ class _Worker:
     done: bool = False
 
 
-class _Crew:
+class Crew:
+    """The workers of one run, and their blocks.
+
+    Attributes
+    ----------
+    common : Block
+        What all see first: the prompt, and finished steps. What it holds when a run begins stays in front.
+    """
+
     def __init__(
-        self, how: Hogwild, model: LanguageModel, encode: Encode, decode: Decode, backend: Backend
+        self,
+        how: Hogwild,
+        model: LanguageModel,
+        encode: Encode,
+        decode: Decode,
+        *,
+        backend: Backend = "auto",
     ) -> None:
         self._how = how
         self._model = model
         self._encode = encode
         self._decode = decode
         self._backend = backend
-        self._common = Block(model)
+        self.common = Block(model)
         self._current = Block(model)
         self._workers = [_Worker(name=name, block=Block(model)) for name in how.names]
 
     def run(self, prompt: list[int], params: SamplingParams) -> WorkersResult:
+        """See :meth:`Hogwild.run`; once per crew."""
         # A worker that is told nothing begins by reading the prompt's last token itself.
         silent = not self._encode(self._how.header.format(name=self._how.names[0], number=1))
         shared = prompt[:-1] if silent else prompt
         if shared:
-            forward(self._model, [View([self._common])], [shared], backend=self._backend)
+            forward(self._model, [View([self.common])], [shared], backend=self._backend)
         if self._how.current and self._how.layout == "combined":
-            shown = View([self._common, self._current])
+            shown = View([self.common, self._current])
             forward(self._model, [shown], [self._encode(self._how.current)], backend=self._backend)
         streams = [generator(params, i) for i in range(len(self._workers))]
         for worker in self._workers:
             worker.pending = prompt[len(shared) :]
             self._begin(worker)
-        steps, began = 0, time.perf_counter()
+        steps, stats, began = 0, Stats(), time.perf_counter()
         while running := [i for i, worker in enumerate(self._workers) if not worker.done]:
-            logits_WV = self._read([self._workers[i] for i in running])
+            logits_WV = self._read([self._workers[i] for i in running], stats)
             steps += 1
             for row, i in enumerate(running):
                 self._take(self._workers[i], sample(logits_WV[row], params, streams[i]), params)
@@ -203,21 +218,21 @@ class _Crew:
             steps=steps,
             seconds=seconds,
             bytes_stored=held,
+            bytes_read=sum(stats.bytes_read.values()),
         )
 
     def _view(self, worker: _Worker) -> View:
         others = [other.block for other in self._workers if other is not worker]
         if self._how.layout == "interleaved":
-            return View([self._common, worker.block])
+            return View([self.common, worker.block])
         if self._how.layout == "contiguous":
-            return View([self._common, *others, worker.block])
-        return View([self._common, self._current, *others, worker.block])
+            return View([self.common, *others, worker.block])
+        return View([self.common, self._current, *others, worker.block])
 
-    def _read(self, workers: list[_Worker]) -> Tensor:
+    def _read(self, workers: list[_Worker], stats: Stats | None = None) -> Tensor:
         tokens = [worker.pending for worker in workers]
-        logits = forward(
-            self._model, [self._view(worker) for worker in workers], tokens, backend=self._backend
-        )
+        views = [self._view(worker) for worker in workers]
+        logits = forward(self._model, views, tokens, stats=stats, backend=self._backend)
         for worker in workers:
             worker.pending = []
         return logits
@@ -242,7 +257,7 @@ class _Crew:
             worker.done = True
         elif self._how.layout != "contiguous" and self._step_ended(worker):
             # The step's last token has no entry yet: it is read at the begin of the next step.
-            worker.block.move_into(self._common, self._model)
+            worker.block.move_into(self.common, self._model)
             self._begin(worker)
 
     def _step_ended(self, worker: _Worker) -> bool:
@@ -262,8 +277,15 @@ class _Crew:
         return self._decode(out)
 
     def _blocks(self) -> list[Block]:
-        return [self._common, self._current, *(worker.block for worker in self._workers)]
+        return [self.common, self._current, *(worker.block for worker in self._workers)]
 
     def close(self) -> None:
+        """Free the entries."""
         for block in self._blocks():
             block.store.close()
+
+    def __enter__(self) -> Crew:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
