@@ -46,7 +46,7 @@ def test_nothing_on_the_page_comes_from_elsewhere():
 @pytest.mark.slow
 @pytest.mark.skipif(BROWSER is None, reason="no Chromium here")
 def test_the_page_shows_what_runs(start, tmp_path):
-    server = start()
+    server = start(kv_dir=tmp_path / "kv")
     client = server.client(timeout=120)
     body = {"ignore_eos": True, "user": "<img src=x onerror=alert(1)>"}
     client.completions.create(model="tiny", prompt=[5] * 300, max_tokens=4, extra_body=body)
@@ -63,6 +63,7 @@ def test_the_page_shows_what_runs(start, tmp_path):
     assert '<span id="state" class="">live</span>' in page
     assert "tiny, 2 layers, 2 KV heads" in page
     assert "host/pool (reusable)" in page
+    assert re.search(r"beside it, disk/pool: \d+\.\d KiB of 16\.0 GiB", page)
     assert "&lt;img src=x onerror=alert(1)&gt;"[:20] in page
     assert "<img" not in page
     assert re.search(r"<td>(running|finished)</td><td class=\"n\">300</td><td class=\"n\">256</td>", page)

@@ -202,9 +202,9 @@ class Engine:
                 for one in [run, *run.siblings]:
                     one.sample.finish_reason = "cancelled"
                 self._end_sequence(run)
-        for one in self._suspended.pop(result.number, []):
-            one.run.sample.finish_reason = "cancelled"
-            one.parked.drop()
+        for away in self._suspended.pop(result.number, []):
+            away.run.sample.finish_reason = "cancelled"
+            away.parked.drop()
 
     @property
     def busy(self) -> bool:

@@ -17,7 +17,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterator
 from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -104,9 +104,9 @@ def unpack(stream: memoryview, out: memoryview) -> None:
         raise ValueError("blocks are missing")
 
 
-def _turned(block: _Bytes, item: int, by: int) -> npt.NDArray[np.unsignedinteger]:
+def _turned(block: _Bytes, item: int, by: int) -> npt.NDArray[Any]:
     """Numbers turned left by one bit, or right for -1."""
-    numbers = block.view(f"<u{item}")
+    numbers: npt.NDArray[Any] = block.view(f"<u{item}")
     left = by % (8 * item)
     return (numbers << left) | (numbers >> (8 * item - left))
 
