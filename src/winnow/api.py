@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any, overload
 
 import torch
+from torch import Tensor
 
 from winnow import methods
 from winnow.chunks import Chunks, divide, split
+from winnow.engine.embedding import Embedder
 from winnow.engine.engine import Engine, Event, Progress
 from winnow.engine.repair import Division
 from winnow.engine.request import Result, SamplingParams
@@ -20,6 +22,7 @@ from winnow.engine.workers import Hogwild, WorkersResult
 from winnow.episodes import Episodes
 from winnow.kernels.backend import Backend
 from winnow.models.load import Runner, load_model
+from winnow.models.pooling import Pooling, pooling_of
 from winnow.models.swiftkv.model import transformed
 from winnow.models.text import Text
 from winnow.recipe import Recipe
@@ -184,6 +187,53 @@ class LLM:
         self.engine.submit(tokens, sampling(options), salt=salt, division=division)
         return self.engine.events(progress)
 
+    def embed(
+        self,
+        texts: str | Seq[int] | Seq[str] | Seq[Seq[int]],
+        *,
+        prompt_name: str | None = None,
+        dimensions: int | None = None,
+        pooling: Pooling | None = None,
+    ) -> Tensor:
+        """Vectors of texts, by an embedding model; full attention whatever the recipe.
+
+        Parameters
+        ----------
+        texts : str, list of int, or a list of one of these
+        prompt_name : str or None
+            Which of the model's prompts stands before each text; None is its default one. Token ids get none.
+        dimensions : int or None
+            Cut the vectors to so many, where the model was trained for that.
+        pooling : Pooling or None
+            How hidden states become a vector; None is what the model says.
+
+        Returns
+        -------
+        Tensor
+            Float32 on the CPU: ``[E]`` for one text, ``[M, E]`` for a list of them.
+
+        Raises
+        ------
+        ValueError
+            The model is no embedding model, or a text or parameter is none that it takes.
+        """
+        how = pooling or pooling_of(self.model)
+        many = _many(texts)
+        batch: list[Any] = list(texts) if many else [texts]
+        given = [how.tokens(one, prompt_name, self._text) for one in batch]
+        pools = [how.start(len(tokens), skip, dimensions) for tokens, skip in given]
+        embedder = Embedder(self.model, limits=self.engine.limits, backend=self.engine.backend)
+        try:
+            for (tokens, _), pool in zip(given, pools, strict=True):
+                embedder.read(tokens, pool)
+        except ValueError:
+            embedder.abort()
+            raise
+        for _ in embedder.events():
+            pass
+        vectors_ME = torch.stack([pool.result() for pool in pools])
+        return vectors_ME if many else vectors_ME[0]
+
     def chat(self, messages: Seq[Message], **options: Any) -> Result:
         """Answer a conversation given as ``{"role": ..., "content": ...}`` messages."""
         return self.generate(self._text().chat(messages), **options)
@@ -204,6 +254,7 @@ class LLM:
         ValueError
             If this model has a recipe: the workers' cache knows none.
         """
+        self.engine.check_generates()
         if self.recipe != Recipe(name=self.recipe.name):
             raise ValueError(
                 "workers share a cache of their own, without a recipe; load the model without one"

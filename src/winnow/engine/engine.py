@@ -10,6 +10,7 @@ from collections.abc import Sequence as Seq
 import torch
 
 from winnow.engine.attend import Slice, StepAttention
+from winnow.engine.packing import pack
 from winnow.engine.probe import probe
 from winnow.engine.repair import Division, Repair
 from winnow.engine.request import Result, Sample, SamplingParams, Stats
@@ -183,16 +184,25 @@ class Engine:
         return result
 
     def _check(self, tokens: Seq[int], earlier: int) -> None:
+        self.check_generates()
         if len(tokens) == 0:
             raise ValueError("the prompt is empty; give at least one token")
-        if min(tokens) < 0 or max(tokens) >= self.model.vocab_size:
-            raise ValueError(f"a token id lies outside the vocabulary of {self.model.vocab_size}")
+        self._check_vocabulary(tokens)
         total, limit = earlier + len(tokens), self.model.max_length
         if total >= limit:
             raise ValueError(
                 f"the prompt has {total} tokens and {self.model.name} takes {limit}, "
                 "one of them new; shorten it or choose a model with a longer context"
             )
+
+    def _check_vocabulary(self, tokens: Seq[int]) -> None:
+        if min(tokens) < 0 or max(tokens) >= self.model.vocab_size:
+            raise ValueError(f"a token id lies outside the vocabulary of {self.model.vocab_size}")
+
+    def check_generates(self) -> None:
+        """Refuse a model that came without a head of its own, so that it embeds and does not generate."""
+        if not getattr(self.model, "generates", True):
+            raise ValueError(f"{self.model.name} embeds texts and generates none; use llm.embed")
 
     def cancel(self, result: Result) -> None:
         """Stop every sample of a request now and free what it holds."""
@@ -271,44 +281,13 @@ class Engine:
         return share(waiting, self.limits, block)
 
     def _step(self) -> list[Event]:
-        shares = self._shares(self._running)
-        slices: list[Slice] = []
-        runs: list[Run] = []
-        tokens: list[int] = []
-        positions: list[int] = []
-        rows: list[int] = []
-        for run, count in zip(self._running, shares, strict=True):
-            if count == 0:
-                continue
-            at = run.sequence.store.length
-            final = at + count == len(run.sequence.tokens)
-            slices.append(
-                Slice(
-                    sequence=run.sequence,
-                    stats=run.result.stats,
-                    first=len(tokens),
-                    last=len(tokens) + count,
-                    prompt=run.prompting,
-                    final=final,
-                )
-            )
-            runs.append(run)
-            tokens += run.sequence.tokens[at : at + count]
-            positions += range(at, at + count)
-            if final:
-                rows.append(len(tokens) - 1)
-        device = self.model.device
+        packed = pack(self._running, self._shares(self._running))
         with torch.inference_mode():
-            attention = StepAttention(slices, self.model.slots, self.backend)
-            logits_MV = self.model.forward(
-                torch.tensor(tokens, device=device),
-                torch.tensor(positions, device=device),
-                torch.tensor(rows, dtype=torch.long, device=device),
-                attention,
-            )
+            attention = StepAttention(packed.slices, self.model.slots, self.backend)
+            logits_MV = self.model.forward(*packed.tensors(self.model.device), attention)
             events: list[Event] = []
             row = 0
-            for part, run in zip(slices, runs, strict=True):
+            for part, run in zip(packed.slices, packed.runs, strict=True):
                 run.sequence.store.advance(part.last - part.first)
                 self._purity(run, part)
                 if part.prompt and part.final:
@@ -450,12 +429,6 @@ class Engine:
         """The same by ``tier/codec``."""
         held: Counter[str] = Counter()
         for sequence in self._sequences():
-    def bytes_of_division(self, division: Division | None) -> int:
-        """Most bytes of all chunks of a prompt together."""
-        if self.repair is None or division is None:
-            return 0
-        return sum(self.bytes_of(len(division.begin) + count) for count in division.lengths)
-
             held.update(sequence.bytes_stored())
         del held["host/shared"]
         return dict(held)
@@ -476,6 +449,12 @@ class Engine:
             self.bytes_of_chunks(run.sequence.tokens, run.division, run.sequence.salt)
             for run in self._waiting
         )
+
+    def bytes_of_division(self, division: Division | None) -> int:
+        """Most bytes of all chunks of a prompt together."""
+        if self.repair is None or division is None:
+            return 0
+        return sum(self.bytes_of(len(division.begin) + count) for count in division.lengths)
 
     def bytes_of_chunks(self, tokens: Seq[int], division: Division | None, salt: str = "") -> int:
         """Most bytes of the chunks of a prompt that the pool does not have now."""

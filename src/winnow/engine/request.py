@@ -183,6 +183,11 @@ class Result:
         return self.samples[0].text
 
     @property
+    def finished(self) -> bool:
+        """Whether every sample has ended."""
+        return all(sample.finish_reason for sample in self.samples)
+
+    @property
     def finish_reason(self) -> str:
         """Why the first sample ended."""
         return self.samples[0].finish_reason

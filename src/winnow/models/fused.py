@@ -67,6 +67,8 @@ class FusedModel:
         self.eos_token_ids = general.eos_token_ids
         self.specs = general.specs
         self.slots = general.slots
+        self.pooling = general.pooling
+        self.generates = general.generates
         self.general = general
         inverse, factor = frequencies(base.rotary_emb, general.head_dim)
         with torch.inference_mode(False), torch.no_grad():
@@ -89,10 +91,20 @@ class FusedModel:
     @torch.inference_mode()
     def forward(self, token_ids: Tensor, position_ids: Tensor, rows: Tensor, attend: Attend) -> Tensor:
         """See :meth:`winnow.types.LanguageModel.forward`."""
-        token_ids, position_ids, rows = (t.to(self.device) for t in (token_ids, position_ids, rows))
-        x_NK = functional.embedding(token_ids, self.stack.embedding)
-        delta_NK = self.stack.run(x_NK, self.stack.angles(position_ids), attend, range(self.layers))
+        x_NK, delta_NK = self._run(token_ids, position_ids, attend)
+        rows = rows.to(self.device)
         return self.stack.logits(x_NK[rows], delta_NK[rows])
+
+    @torch.inference_mode()
+    def hidden(self, token_ids: Tensor, position_ids: Tensor, attend: Attend) -> Tensor:
+        """See :meth:`winnow.engine.embedding.GivesHidden.hidden`."""
+        return self.stack.normed(*self._run(token_ids, position_ids, attend), self.stack.norm)
+
+    def _run(self, token_ids: Tensor, position_ids: Tensor, attend: Attend) -> tuple[Tensor, Tensor]:
+        """``[N, K]`` twice: what the last layer was given, and what it still adds to that."""
+        x_NK = functional.embedding(token_ids.to(self.device), self.stack.embedding)
+        angles = self.stack.angles(position_ids.to(self.device))
+        return x_NK, self.stack.run(x_NK, angles, attend, range(self.layers))
 
     def walk(self) -> LayerWalk:
         """See :meth:`winnow.types.LanguageModel.walk`."""

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from winnow.models.interface import NAME, attending
+from winnow.models.pooling import Pooling
 from winnow.models.refuse import check_config, check_model, probe
 from winnow.models.rotary import position_limit, use_long_regime
 from winnow.models.turning import find_rotary, tables
@@ -36,6 +37,10 @@ class HFModel:
     long_positions : bool
         Run a longrope model on the frequencies of long prompts throughout (see
         :func:`winnow.models.rotary.use_long_regime`), so that it takes its full length.
+    pooling : Pooling or str
+        How the model embeds texts, or why it does not.
+    generates : bool
+        False where the head is none of the model's own.
 
     Raises
     ------
@@ -48,7 +53,13 @@ class HFModel:
     """
 
     def __init__(
-        self, model: PreTrainedModel, *, name: str | None = None, long_positions: bool = False
+        self,
+        model: PreTrainedModel,
+        *,
+        name: str | None = None,
+        long_positions: bool = False,
+        pooling: Pooling | str = "it was made in memory",
+        generates: bool = True,
     ) -> None:
         check_config(model.config)
         check_model(model)
@@ -73,6 +84,8 @@ class HFModel:
         self.dtype: torch.dtype = model.dtype
         self.device: torch.device = model.device
         self.eos_token_ids = _eos(model)
+        self.pooling = pooling
+        self.generates = generates
         self._walk: GeneralWalk | None = None
         self._rotary: list[Rotary | None] | None = None
 
@@ -94,6 +107,17 @@ class HFModel:
                 **keep,
             ).logits[0]
         return (logits if self._takes_rows else logits[rows]).float()
+
+    @torch.inference_mode()
+    def hidden(self, token_ids: Tensor, position_ids: Tensor, attend: Attend) -> Tensor:
+        """See :meth:`winnow.engine.embedding.GivesHidden.hidden`."""
+        with attending(attend):
+            states: Tensor = self._model.base_model(
+                input_ids=token_ids.to(self.device)[None],
+                position_ids=position_ids.to(self.device)[None],
+                use_cache=False,
+            ).last_hidden_state
+        return states[0]
 
     def walk(self) -> LayerWalk:
         """See :meth:`winnow.types.LanguageModel.walk`; made and checked at the first call."""

@@ -6,17 +6,20 @@ import difflib
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
 from safetensors import SafetensorError
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from winnow.models import embedded
 from winnow.models.fused import FusedModel
 from winnow.models.hf import HFModel
+from winnow.models.pooling import Pooling, read_pooling
 from winnow.models.refuse import check_config
 from winnow.models.text import Text
 from winnow.types import LanguageModel
@@ -72,28 +75,45 @@ def load_model(
     if runner not in get_args(Runner):
         raise ValueError(f"unknown runner {runner!r}; choose {', '.join(get_args(Runner))}")
     if isinstance(model, (str, Path)):
-        module, text, name = _from_name(str(model), dtype, device)
+        found = _from_name(str(model), dtype, device)
     elif isinstance(model, PreTrainedModel):
-        module, text, name = *_from_memory(model, dtype, device), None
+        found = _from_memory(model, dtype, device)
     else:
         raise ValueError(
             f"cannot load a {type(model).__name__}; give a directory, a hub name or a transformers model"
         )
-    general = HFModel(module, name=name, long_positions=long_positions)
+    general = HFModel(
+        found.module,
+        name=found.name,
+        long_positions=long_positions,
+        pooling=found.pooling,
+        generates=found.generates,
+    )
     if runner == "general":
-        return general, text
+        return general, found.text
     try:
-        return FusedModel(general), text
+        return FusedModel(general), found.text
     except ValueError as reason:
         if runner == "fused":
             raise
         _log.info("%s runs on the general runner: %s", general.name, reason)
-        return general, text
+        return general, found.text
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Found:
+    """A model and what lies beside its weights."""
+
+    module: PreTrainedModel
+    text: Text | None
+    name: str | None
+    pooling: Pooling | str
+    generates: bool
 
 
 def _from_memory(
     model: PreTrainedModel, dtype: torch.dtype | None, device: str | torch.device | None
-) -> tuple[PreTrainedModel, Text | None]:
+) -> _Found:
     if dtype not in (None, model.dtype):
         raise ValueError(f"the model in memory is {model.dtype}; convert it yourself with model.to({dtype})")
     if device is not None and torch.device(device).type != model.device.type:
@@ -101,12 +121,16 @@ def _from_memory(
             f"the model in memory is on {model.device}; move it yourself with model.to({device!r})"
         )
     source = model.config.name_or_path
-    return model, _tokenizer(source, offline=True) if source else None
+    return _Found(
+        module=model,
+        text=_tokenizer(source, offline=True) if source else None,
+        name=None,
+        pooling=_pooling(source, model.config, offline=True) if source else "it was made in memory",
+        generates=True,
+    )
 
 
-def _from_name(
-    name: str, dtype: torch.dtype | None, device: str | torch.device | None
-) -> tuple[PreTrainedModel, Text | None, str]:
+def _from_name(name: str, dtype: torch.dtype | None, device: str | torch.device | None) -> _Found:
     source = str(embedded.path()) if name == "embedded" else name
     local = Path(source).expanduser()
     if source and local.is_dir():
@@ -120,6 +144,7 @@ def _from_name(
     except (OSError, ValueError, KeyError) as error:
         raise _unreadable(name, "configuration", error, offline=offline) from error
     check_config(config)
+    pooling = _pooling(source, config, offline=offline)
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     try:
         with _no_progress_bar():
@@ -133,11 +158,37 @@ def _from_name(
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise _unreadable(name, "weights", error, offline=offline) from error
     missing = sorted(report["missing_keys"])
-    if missing:
+    # Embedding models are saved without the head that they have no use for.
+    headless = isinstance(pooling, Pooling) and bool(missing) and missing == _head(module)
+    if missing and not headless:
         raise ValueError(
             f"{name} lacks {len(missing)} weights, the first is {missing[0]}; download or convert it again"
         )
-    return module.eval().to(where), _tokenizer(source, offline=offline), name
+    if headless:
+        # What stands there is random: the embedding's weights take no memory, and loading gives equal models.
+        module.set_output_embeddings(_tied(module))
+    return _Found(
+        module=module.eval().to(where),
+        text=_tokenizer(source, offline=offline),
+        name=name,
+        pooling=pooling,
+        generates=not headless,
+    )
+
+
+def _head(module: PreTrainedModel) -> list[str]:
+    """Names of the weights of the language-model head."""
+    head = module.get_output_embeddings()
+    own = set() if head is None else {id(parameter) for parameter in head.parameters()}
+    return sorted(name for name, one in module.named_parameters(remove_duplicate=False) if id(one) in own)
+
+
+def _tied(module: PreTrainedModel) -> nn.Module:
+    """A head made of the embedding's weights."""
+    embedding: Any = module.get_input_embeddings()
+    head = nn.Linear(embedding.embedding_dim, embedding.num_embeddings, bias=False, device="meta")
+    head.weight = embedding.weight
+    return head
 
 
 def _check_directory(path: Path) -> None:
@@ -170,6 +221,15 @@ def _unreadable(name: str, what: str, error: Exception, *, offline: bool) -> Val
     first_line = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
     remedy = "download or save it again" if offline else "check the name and the network, or give a directory"
     return ValueError(f"cannot read the {what} of {name}: {first_line.strip().rstrip('.')}; {remedy}")
+
+
+def _pooling(source: str, config: Any, *, offline: bool) -> Pooling | str:
+    """How the model embeds texts, or why it does not."""
+    try:
+        return read_pooling(source, config, offline=offline)
+    except ValueError as reason:
+        _log.debug("%s does not embed texts: %s", source, reason)
+        return str(reason)
 
 
 def _tokenizer(source: str, *, offline: bool) -> Text | None:

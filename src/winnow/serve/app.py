@@ -18,8 +18,10 @@ from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 
 import winnow
+from winnow.engine.request import SamplingParams
 from winnow.serve import live, tools
 from winnow.serve.config import Settings
+from winnow.serve.embeddings import EMBEDDINGS, Embeddings, ReadingJob
 from winnow.serve.errors import ApiError
 from winnow.serve.flow import ClientGoneError, Flow
 from winnow.serve.guard import Guard
@@ -30,6 +32,7 @@ from winnow.serve.schema import (
     ChatRequest,
     CompletionRequest,
     DetokenizeRequest,
+    EmbeddingRequest,
     TokenizeRequest,
     ToolChoice,
 )
@@ -47,6 +50,7 @@ class Service:
     ----------
     settings : Settings
     translator : Translator
+    embeddings : Embeddings
     worker : Worker
     metrics : Metrics
     about : dict
@@ -57,6 +61,7 @@ class Service:
 
     settings: Settings
     translator: Translator
+    embeddings: Embeddings
     worker: Worker
     metrics: Metrics
     about: dict[str, Any]
@@ -197,6 +202,7 @@ def _inference(app: FastAPI, service: Service) -> None:
             token_text=translator.token_text,
             reader=reader,
             named=isinstance(body.tool_choice, ToolChoice),
+            most_calls=1 if body.parallel_tool_calls is False else None,
         )
         return await _answer(service, request, body, asked, reply)
 
@@ -213,6 +219,12 @@ def _inference(app: FastAPI, service: Service) -> None:
             token_text=translator.token_text,
         )
         return await _answer(service, request, body, asked, reply)
+
+    @app.post("/v1/embeddings", responses=_ERRORS, response_model=None)
+    async def embeddings(request: Request, body: EmbeddingRequest) -> Response:
+        """Vectors of texts, where the model embeds."""
+        _check_model(service, body.model)
+        return await _embed(service, request, body)
 
     @app.get("/v1/models", responses={401: _ERRORS[401]})
     async def models() -> dict[str, Any]:
@@ -272,13 +284,52 @@ def _with_usage(body: ChatRequest | CompletionRequest) -> bool:
     return body.stream_options is not None and body.stream_options.include_usage
 
 
+def _client(service: Service, request: Request, user: str | None) -> str:
+    """Whose a request is: without keys, clients may say so themselves."""
+    if user and not service.settings.api_keys:
+        return f"user:{user}"
+    found: str = request.state.client
+    return found
+
+
+async def _embed(service: Service, request: Request, body: EmbeddingRequest) -> Response:
+    readings = await run_in_threadpool(service.embeddings.readings, body)
+    client, number = _client(service, request, body.user), 0
+    deadline = time.monotonic() + service.settings.request_timeout
+    gone = asyncio.ensure_future(_gone(request))
+    try:
+        for wave in service.embeddings.waves(readings):
+            flow = Flow(service.worker)
+            jobs = [
+                ReadingJob(
+                    name=f"{request.state.request}.{number + place}",
+                    client=client,
+                    tokens=reading.tokens,
+                    params=SamplingParams(max_new_tokens=1),
+                    recipe=EMBEDDINGS,
+                    priority=body.priority,
+                    listen=flow.listener(place),
+                    deadline=deadline,
+                    pool=reading.pool,
+                )
+                for place, reading in enumerate(wave)
+            ]
+            number += len(wave)
+            flow.submit(jobs)
+            async for _ in flow.pieces(gone):
+                raise AssertionError("a text that is read gives no token")
+    except ClientGoneError:
+        return Response(status_code=499)
+    finally:
+        gone.cancel()
+    return JSONResponse(await run_in_threadpool(service.embeddings.reply, body, readings))
+
+
 async def _answer(
     service: Service, request: Request, body: ChatRequest | CompletionRequest, asked: Asked, reply: Reply
 ) -> Response:
     flow = Flow(service.worker)
-    client = request.state.client
-    if not service.settings.api_keys and body.user:
-        client = f"user:{body.user}"
+    client = _client(service, request, body.user)
     jobs = [
         Job(
             name=request.state.request if number == 0 else f"{request.state.request}.{number}",

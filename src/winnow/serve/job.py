@@ -11,6 +11,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
+from winnow.engine.engine import Engine
 from winnow.engine.repair import Division
 from winnow.engine.request import Result, SamplingParams
 from winnow.engine.steer import Steer
@@ -124,6 +125,12 @@ class Job:
     def __post_init__(self) -> None:
         self.array: npt.NDArray[np.int64] = np.asarray(self.tokens, dtype=np.int64)
         self.open_samples = self.params.n
+
+    def submit(self, engine: Engine) -> Result:
+        """Queue it in an engine of its recipe."""
+        return engine.submit(
+            self.tokens, self.params, salt=self.salt, steer=self.steer, division=self.division
+        )
 
     @property
     def generated(self) -> int:

@@ -102,7 +102,8 @@ class Metrics:
             return
         label = self._model
         self._queued.labels(label).observe(job.started - job.created)
-        self._first.labels(label).observe(job.first_token - job.created)
+        if job.first_token:  # a text that was only read has none
+            self._first.labels(label).observe(job.first_token - job.created)
         self._whole.labels(label).observe(job.ended_at - job.created)
         steps = job.generated / job.params.n - 1
         if steps > 0:

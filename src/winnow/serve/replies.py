@@ -99,6 +99,8 @@ class ChatReply:
         Makes what reads tool calls of one choice; may give None.
     named : bool
         One function was demanded by name: ``finish_reason`` then stays ``stop``, as OpenAI has it.
+    most_calls : int or None
+        Tool calls of a choice after the first so many are left out.
     """
 
     def __init__(
@@ -111,12 +113,14 @@ class ChatReply:
         token_text: TokenText,
         reader: Callable[[], Reader | None],
         named: bool = False,
+        most_calls: int | None = None,
     ) -> None:
         kind = "chat.completion.chunk" if stream else "chat.completion"
         self._head = _Head(kind, "chatcmpl", model, with_usage=with_usage)
         self._choices = [_Choice(reader=reader()) for _ in range(choices)]
         self._token_text = token_text
         self._named = named
+        self._most_calls = most_calls
 
     def chunks(self, index: int, piece: Piece) -> list[dict[str, Any]]:
         """See :class:`Reply`."""
@@ -147,7 +151,8 @@ class ChatReply:
         choice.text += text
         if text or (choice.unsent and not piece.finish_reason):
             send({"content": text})
-        for call in calls:
+        room = None if self._most_calls is None else self._most_calls - len(choice.calls)
+        for call in calls[:room]:
             send({"tool_calls": [{"index": len(choice.calls), **call}]})
             choice.calls.append(call)
         if piece.finish_reason:

@@ -18,6 +18,7 @@ from fastapi import FastAPI
 
 import winnow
 from winnow import methods
+from winnow.engine.embedding import Embedder
 from winnow.engine.engine import Engine
 from winnow.engine.scheduler import Limits
 from winnow.kernels.backend import Backend
@@ -28,6 +29,7 @@ from winnow.retrieval.protocol import Pool
 from winnow.retrieval.radix import Radix
 from winnow.serve.app import Service, make_app
 from winnow.serve.config import Settings
+from winnow.serve.embeddings import EMBEDDINGS, Embeddings
 from winnow.serve.kv_dir import FilePool
 from winnow.serve.metrics import Metrics
 from winnow.serve.translate import Translator
@@ -127,6 +129,14 @@ def build(
                     f"pages of {radix.page}; give it page: {radix.page}, or leave --kv-dir out"
                 )
         engines[name] = engine
+    about = _about(model, settings, engines)
+    translator = Translator(settings, model, text)
+    embeddings = Embeddings(settings, translator, model)
+    if embeddings.pooling is not None:
+        if EMBEDDINGS in engines:
+            raise ValueError(f"this model embeds, so no recipe may be called {EMBEDDINGS!r}; rename it")
+        engines[EMBEDDINGS] = Embedder(model, limits=limits, backend=backend)
+        about["embeddings"] = embeddings.about()
     metrics = Metrics(settings.served_model_name)
     worker = Worker(
         engines,
@@ -141,10 +151,11 @@ def build(
     metrics.attach(worker)
     service = Service(
         settings=settings,
-        translator=Translator(settings, model, text),
+        translator=translator,
+        embeddings=embeddings,
         worker=worker,
         metrics=metrics,
-        about=_about(model, settings, engines),
+        about=about,
     )
     app = make_app(service)
     app.state.service = service

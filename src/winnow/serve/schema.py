@@ -15,6 +15,7 @@ __all__ = [
     "ChatRequest",
     "CompletionRequest",
     "DetokenizeRequest",
+    "EmbeddingRequest",
     "Message",
     "ResponseFormat",
     "StreamOptions",
@@ -44,7 +45,10 @@ class _Body(_Strict):
             json.dumps(data, ensure_ascii=False).encode()
         except (UnicodeEncodeError, RecursionError) as error:
             raise ValueError("the body holds half a surrogate pair, or is nested too deeply") from error
-        return data
+        if not isinstance(data, dict):
+            return data
+        # A field that is null asks for its default, as OpenAI has it.
+        return {name: value for name, value in data.items() if value is not None}
 
 
 class StreamOptions(_Strict):
@@ -130,6 +134,13 @@ class Message(BaseModel):
     tool_calls: list[ToolCall] | None = None
     tool_call_id: str | None = None
 
+    @model_validator(mode="after")
+    def _says_nothing_else(self) -> Message:
+        for name, value in (self.model_extra or {}).items():
+            if value:
+                raise ValueError(f"a message's {name[:40]!r} is not supported; leave it out")
+        return self
+
 
 class Function(_Strict):
     """A function that the model may call."""
@@ -191,6 +202,19 @@ class ChatRequest(_Common):
     tools: list[Tool] | None = Field(None, max_length=128)
     tool_choice: Literal["none", "auto", "required"] | ToolChoice | None = None
     parallel_tool_calls: bool | None = None
+
+
+class EmbeddingRequest(_Body):
+    """``POST /v1/embeddings``."""
+
+    model: str = Field(max_length=512)
+    input: str | list[TokenId] | list[str] | list[list[TokenId]]
+    encoding_format: Literal["float", "base64"] = "float"
+    dimensions: int | None = Field(None, ge=1, lt=1 << 31)
+    user: str | None = Field(None, max_length=512)
+    # Winnow's own
+    prompt_name: str | None = Field(None, max_length=512)
+    priority: int = Field(0, ge=-1000, le=1000)
 
 
 class TokenizeRequest(_Body):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from winnow.chunks import Chunks, divide, split
 from winnow.engine.repair import Division
 from winnow.engine.request import SamplingParams
 from winnow.engine.steer import Steer
+from winnow.models.pooling import Pooling
 from winnow.models.text import Text
 from winnow.retrieval.protocol import reuses_chunks
 from winnow.serve import tools
@@ -112,17 +114,25 @@ class Translator:
                 400, f"the conversation does not fit the model's template: {error}", param="messages"
             ) from error
 
-    def check_tokens(self, tokens: Sequence[int]) -> None:
+    def pooled(
+        self, pooling: Pooling, text: str | list[int], prompt_name: str | None
+    ) -> tuple[list[int], int]:
+        """See :meth:`winnow.models.pooling.Pooling.tokens`."""
+        with self._lock:
+            return pooling.tokens(text, prompt_name, self._words)
+
+    def check_tokens(self, tokens: Sequence[int], *, param: str = "prompt") -> None:
         """Refuse ids outside the vocabulary."""
         if tokens and max(tokens) >= self._model.vocab_size:
             raise ApiError(
-                400, f"a token id lies outside the vocabulary of {self._model.vocab_size}", param="prompt"
+                400, f"a token id lies outside the vocabulary of {self._model.vocab_size}", param=param
             )
 
     # ------------------------------------------------------------------ requests
 
     def completion(self, request: CompletionRequest) -> Asked:
         """What a completion asks for."""
+        self._check_generates()
         if request.suffix:
             raise ApiError(400, "suffix is not supported; put all context into the prompt", param="suffix")
         if request.best_of not in (None, request.n):
@@ -146,6 +156,7 @@ class Translator:
 
     def chat(self, request: ChatRequest) -> Asked:
         """What a chat completion asks for."""
+        self._check_generates()
         wanted = request.max_completion_tokens or request.max_tokens
         if request.top_logprobs is not None and not request.logprobs:
             raise ApiError(400, "top_logprobs needs logprobs=true", param="top_logprobs")
@@ -157,6 +168,15 @@ class Translator:
         bends = [*self._bends(request), *self._form(request)]
         recipe = self._recipe(request)
         return Asked(prompts=prompts, divisions=[None], params=params, steer=chain(bends), recipe=recipe)
+
+    def _check_generates(self) -> None:
+        if not getattr(self._model, "generates", True):
+            raise ApiError(
+                400,
+                "this model embeds texts and generates none; use /v1/embeddings",
+                param="model",
+                code="model_not_supported",
+            )
 
     def _prompts(
         self, prompt: str | list[int] | list[str] | list[list[int]], recipe: str
@@ -213,8 +233,8 @@ class Translator:
                 raise ApiError(400, f"{name} is at most {limit} here, not {have}", param=name)
         if stop and self._text is None:
             raise ApiError(400, "stop strings need a tokenizer, which this model lacks", param="stop")
-        if any(len(one) > 1024 for one in stop):
-            raise ApiError(400, "a stop string has at most 1024 characters", param="stop")
+        if any(not 1 <= len(one) <= 1024 for one in stop):
+            raise ApiError(400, "a stop string has 1 to 1024 characters", param="stop")
         try:
             return SamplingParams(
                 max_new_tokens=most,
@@ -236,7 +256,8 @@ class Translator:
         if request.logit_bias:
             by_token: dict[int, float] = {}
             for name, value in request.logit_bias.items():
-                if not (name.isascii() and name.isdigit()) or int(name) >= self._model.vocab_size:
+                # Ten digits: a longer number is no token, and Python refuses to read one of thousands.
+                if not re.fullmatch("[0-9]{1,10}", name) or int(name) >= self._model.vocab_size:
                     raise ApiError(400, f"logit_bias: {name[:40]!r} is no token id", param="logit_bias")
                 by_token[int(name)] = value
             bends.append(lambda: Bias(by_token))
@@ -264,11 +285,14 @@ class Translator:
                 raise ApiError(400, "a demanded call leaves no room for response_format", param="tool_choice")
 
     def _form(self, request: ChatRequest) -> list[Callable[[], Steer]]:
-        if (wanted := tools.demanded(request)) is not None:
-            return [self._grammar().json_schema(tools.schema_of(wanted), "tools")]
-        form = request.response_format
-        if form is None or form.type == "text":
+        wanted, form = tools.demanded(request), request.response_format
+        if wanted is None and (form is None or form.type == "text"):
             return []
+        if request.ignore_eos:
+            raise ApiError(400, "an answer of a given form must be able to end", param="ignore_eos")
+        if wanted is not None:
+            return [self._grammar().json_schema(tools.schema_of(wanted), "tools")]
+        assert form is not None
         if form.type == "json_object":
             return [self._grammar().json_object()]
         if form.json_schema is None:

@@ -15,12 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from winnow.engine.engine import Engine, Event
+from winnow.engine.request import Stats
 from winnow.serve.errors import ApiError
 from winnow.serve.fairness import FairQueue
 from winnow.serve.job import Ended, Failed, Job, Piece
 from winnow.serve.memory import Memory
-from winnow.store.swap import Swap
 from winnow.serve.scratch import Scratch
+from winnow.store.swap import Swap
 
 __all__ = ["Counters", "Worker"]
 
@@ -322,9 +323,7 @@ class Worker:
         job.started = job.started or time.monotonic()
         try:
             if job.result is None:
-                job.result = engine.submit(
-                    job.tokens, job.params, salt=job.salt, steer=job.steer, division=job.division
-                )
+                job.result = job.submit(engine)
                 self._by_result[job.result.number] = job
             else:
                 engine.resume(job.result)
@@ -403,6 +402,7 @@ class Worker:
                 continue
             for event in events:
                 self._deliver(event)
+            self._end_read(engine)
         self.counters.steps += 1
         self.memory.held()
         if time.monotonic() - self._published > _PUBLISH_EVERY:
@@ -428,10 +428,7 @@ class Worker:
         if not job.first_token:
             job.first_token = now
             # Only now: a prompt in chunks finds what it reuses in its first step.
-            self.counters.prompt_tokens += len(job.tokens)
-            self.counters.computed_tokens += event.result.stats.tokens_computed
-            self.counters.reused_tokens += event.result.stats.tokens_reused
-            self.counters.approximate_tokens += event.result.stats.tokens_approximate
+            self._count_prompt(job, event.result.stats)
         job.last_token = now
         self.counters.generated_tokens += 1
         sample = event.sample
@@ -447,9 +444,25 @@ class Worker:
         if sample.finish_reason:
             job.open_samples -= 1
             if job.open_samples == 0:
-                stats: dict[str, Any] = event.result.stats.to_dict()
-                self._leave(job, "finished")
-                job.listen(Ended(stats=stats))
+                self._finish(job, event.result.stats)
+
+    def _end_read(self, engine: Engine) -> None:
+        """End the jobs of texts that were only read: they end without a token."""
+        for job in [j for j in self._running if self.engines[j.recipe] is engine]:
+            if job.result is not None and job.result.finished:
+                self._count_prompt(job, job.result.stats)
+                self._finish(job, job.result.stats)
+
+    def _count_prompt(self, job: Job, stats: Stats) -> None:
+        self.counters.prompt_tokens += len(job.tokens)
+        self.counters.computed_tokens += stats.tokens_computed
+        self.counters.reused_tokens += stats.tokens_reused
+        self.counters.approximate_tokens += stats.tokens_approximate
+
+    def _finish(self, job: Job, stats: Stats) -> None:
+        told = stats.to_dict()
+        self._leave(job, "finished")
+        job.listen(Ended(stats=told))
 
     def _full(self) -> ApiError:
         return ApiError(
