@@ -26,7 +26,9 @@ def generator(params: SamplingParams, index: int) -> torch.Generator | None:
 
 def filtered(logits_V: Tensor, params: SamplingParams) -> Tensor:
     """``[V]`` probabilities after temperature, top-k, top-p and min-p, in that order."""
-    scaled_V = logits_V.double() / params.temperature
+    logits_V = logits_V.double()
+    # Less their maximum, which changes nothing: by a tiny temperature they would become infinite.
+    scaled_V = (logits_V - logits_V.max()) / params.temperature
     if 0 < params.top_k < scaled_V.numel():
         kth = torch.topk(scaled_V, params.top_k).values[-1]
         scaled_V = scaled_V.masked_fill(scaled_V < kth, -torch.inf)
