@@ -230,13 +230,29 @@ class Worker {
     return to - entries_.data();
   }
 
-  // One row of packed values with its zeros, in this thread's buffer for row `slot` of a block.
-  const T* expanded(const T* base, int64_t stride, bool values, int64_t e, int slot) const {
+  // Packed rows of a block with their zeros, in this thread's buffer.
+  template <bool past>
+  void expand(bool values, int64_t i, int have) const {
     const int bytes = dim_ / 8;
-    const uint8_t* mask = (values ? a_.v_mask + head_ * a_.v_mask_head : a_.k_mask + head_ * a_.k_mask_head) + e * bytes;
-    T* to = wide_ + slot * MAX_DIM;
-    expand_row(base + e * stride, static_cast<int>(a_.kept), mask, dim_, to);
-    return to;
+    const uint8_t* mask = values ? a_.v_mask + head_ * a_.v_mask_head : a_.k_mask + head_ * a_.k_mask_head;
+    const T* base = values ? v_ : k_;
+    const int64_t stride = values ? a_.v_row : a_.k_row;
+    for (int j = 0; j < have; ++j) {
+      const int64_t e = entry(i + j);
+      expand_row<past>(base + e * stride, static_cast<int>(a_.kept), mask + e * bytes, dim_, wide_ + j * dim_);
+    }
+  }
+
+  // Rows of a block that are not stored as the inner loops read them.
+  void make(bool values, int64_t i, int have) const {
+    if (a_.k_mask) {
+      const int64_t left = (a_.capacity - first_ - i - have) * (values ? a_.v_row : a_.k_row);
+      if (!row_->listed && left * static_cast<int64_t>(sizeof(T)) >= OVERRUN) return expand<true>(values, i, have);
+      return expand<false>(values, i, have);
+    }
+    int64_t at[BLOCK];
+    for (int j = 0; j < have; ++j) at[j] = position(entry(i + j));
+    if (have) rebuild_->rows(head_, at, have, wide_);
   }
 
   int64_t position(int64_t e) const {
@@ -262,13 +278,9 @@ class Worker {
     const T* base = values ? v_ : k_;
     const int64_t stride = values ? a_.v_row : a_.k_row;
     const int have = static_cast<int>(std::max<int64_t>(0, end - i));
-    if (a_.rebuilt && !values) {
-      int64_t at[BLOCK];
-      for (int j = 0; j < have; ++j) at[j] = position(entry(i + j));
-      if (have) rebuild_->rows(head_, at, have, wide_);
-      for (int j = 0; j < have; ++j) to[j] = wide_ + j * MAX_DIM;
-    } else if (a_.k_mask) {
-      for (int j = 0; j < have; ++j) to[j] = expanded(base, stride, values, entry(i + j), j);
+    if (a_.k_mask || (a_.rebuilt && !values)) {
+      make(values, i, have);
+      for (int j = 0; j < have; ++j) to[j] = wide_ + j * dim_;
     } else if (row_->listed) {
       for (int j = 0; j < have; ++j) to[j] = base + entries_[static_cast<size_t>(i + j)] * stride;
     } else {

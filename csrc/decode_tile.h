@@ -100,8 +100,10 @@ inline void prefetch_row(const void* row, int bytes) {
 
 // ---------------------------------------------------------------- bit masks
 
-// Writes `dim` elements: the next packed value where a bit of the mask is set, zero elsewhere. Never reads behind
-// the `kept` values of the row.
+// Writes `dim` elements: the next packed value where a bit of the mask is set, zero elsewhere. Reads nothing behind
+// the `kept` values of the row, unless it may (`past`): up to OVERRUN bytes then, which decide nothing.
+constexpr int OVERRUN = 64;
+
 template <typename T>
 inline void expand_portable(const T* from, const uint8_t* mask, int dim, T* to) {
   for (int d = 0; d < dim; ++d) {
@@ -112,18 +114,20 @@ inline void expand_portable(const T* from, const uint8_t* mask, int dim, T* to) 
 }
 
 #if WINNOW_ISA_avx512
+template <bool past>
 inline void expand_row(const float* from, int kept, const uint8_t* mask, int dim, float* to) {
   const float* end = from + kept;
   for (int d = 0; d < dim; d += 16) {
     uint16_t bits;
     std::memcpy(&bits, mask + d / 8, 2);
     const auto n = static_cast<int>(end - from);
-    const __mmask16 there = n >= 16 ? 0xffff : static_cast<__mmask16>((1u << n) - 1);
+    const __mmask16 there = past || n >= 16 ? 0xffff : static_cast<__mmask16>((1u << n) - 1);
     _mm512_storeu_ps(to + d, _mm512_maskz_expand_ps(bits, _mm512_maskz_loadu_ps(there, from)));
     from += __builtin_popcount(bits);
   }
 }
 
+template <bool past>
 inline void expand_row(const bf16* from, int kept, const uint8_t* mask, int dim, bf16* to) {
   const bf16* end = from + kept;
   int d = 0;
@@ -131,14 +135,14 @@ inline void expand_row(const bf16* from, int kept, const uint8_t* mask, int dim,
     uint32_t bits;
     std::memcpy(&bits, mask + d / 8, 4);
     const auto n = static_cast<int>(end - from);
-    const __mmask32 there = n >= 32 ? 0xffffffffu : (1u << n) - 1;
+    const __mmask32 there = past || n >= 32 ? 0xffffffffu : (1u << n) - 1;
     _mm512_storeu_si512(to + d, _mm512_maskz_expand_epi16(bits, _mm512_maskz_loadu_epi16(there, from)));
     from += __builtin_popcount(bits);
   }
   if (d < dim) expand_portable(from, mask + d / 8, dim - d, to + d);
 }
 #else
-template <typename T>
+template <bool past, typename T>
 inline void expand_row(const T* from, int, const uint8_t* mask, int dim, T* to) {
   expand_portable(from, mask, dim, to);
 }

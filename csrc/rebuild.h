@@ -17,7 +17,7 @@ constexpr int TURN_PAGE = 64;  // positions between two rows of the coarse table
 constexpr int LEFT = 6;
 template <int NB>
 WINNOW_NOINLINE void product_avx512(const bf16* const* left, const uint32_t* right, int64_t pairs, int dim, int column,
-                                    float (*to)[MAX_DIM]) {
+                                    float* to) {
   __m512 acc[LEFT][NB];
 #pragma GCC unroll 6
   for (int i = 0; i < LEFT; ++i)
@@ -39,7 +39,7 @@ WINNOW_NOINLINE void product_avx512(const bf16* const* left, const uint32_t* rig
 #pragma GCC unroll 6
   for (int i = 0; i < LEFT; ++i)
 #pragma GCC unroll 4
-    for (int b = 0; b < NB; ++b) _mm512_storeu_ps(to[i] + column + 16 * b, acc[i][b]);
+    for (int b = 0; b < NB; ++b) _mm512_storeu_ps(to + i * dim + column + 16 * b, acc[i][b]);
 }
 #else
 constexpr int LEFT = 1;
@@ -50,7 +50,7 @@ class Rebuild {
  public:
   explicit Rebuild(const DecodeArgs& a) : a_(a), r_(*a.rebuilt), dim_(static_cast<int>(a.dim)) {}
 
-  // Rows of K at n positions of a head, MAX_DIM elements apart.
+  // Rows of K at n positions of a head, one behind the other.
   void rows(int64_t head, const int64_t* positions, int n, T* to) {
     if (head != head_) pack(head);
     const T* left[BLOCK + LEFT];
@@ -58,8 +58,8 @@ class Rebuild {
       const int64_t row = positions[std::min(i, n - 1)] - r_.left_start;
       left[i] = static_cast<const T*>(r_.left) + row * r_.left_row;
     }
-    for (int i = 0; i < n; i += LEFT) multiply(left + i, wide_ + i);
-    for (int i = 0; i < n; ++i) turn(wide_[i], positions[i], to + i * MAX_DIM);
+    for (int i = 0; i < n; i += LEFT) multiply(left + i, wide_ + i * dim_);
+    for (int i = 0; i < n; ++i) turn(wide_ + i * dim_, positions[i], to + i * dim_);
   }
 
  private:
@@ -81,7 +81,7 @@ class Rebuild {
     }
   }
 
-  void multiply(const T* const* left, float (*to)[MAX_DIM]) {
+  void multiply(const T* const* left, float* to) {
     if constexpr (PAIRS) {
 #if WINNOW_ISA_avx512
       const auto* right = reinterpret_cast<const uint32_t*>(packed_.take(0));
@@ -95,12 +95,12 @@ class Rebuild {
       }
 #endif
     } else {
-      for (int i = 0; i < LEFT; ++i) {
-        std::fill(to[i], to[i] + dim_, 0.f);
+      for (int i = 0; i < LEFT; ++i, to += dim_) {
+        std::fill(to, to + dim_, 0.f);
         for (int64_t j = 0; j < r_.rank; ++j) {
           const float by = to_float(left[i][j]);
           const T* row = right_ + j * dim_;
-          for (int d = 0; d < dim_; ++d) to[i][d] += by * to_float(row[d]);
+          for (int d = 0; d < dim_; ++d) to[d] += by * to_float(row[d]);
         }
       }
     }
@@ -130,7 +130,7 @@ class Rebuild {
   int64_t head_ = -1;
   const T* right_ = nullptr;
   Scratch packed_;
-  alignas(64) float wide_[BLOCK + LEFT][MAX_DIM];
+  alignas(64) float wide_[(BLOCK + LEFT) * MAX_DIM];
 };
 
 }  // namespace

@@ -34,3 +34,14 @@ MASS: dict[torch.dtype, tuple[float, float]] = {
     torch.float16: (2e-5, 2e-5),
     torch.bfloat16: (3e-4, 3e-5),
 }
+# Cosines of exact products: the order of float32 sums, and one division.
+COSINE: tuple[float, float] = (0.0, 2e-6)
+# Attention over codes, (output, log-sum-exp): the kernel never rounds a key or a value, but the query times
+# the scales of channels, and weights times those of entries (2^-9 each in bfloat16).
+CODED: dict[torch.dtype, tuple[tuple[float, float], tuple[float, float]]] = {
+    torch.float32: ((2e-5, 2e-5), (1e-5, 2e-5)),
+    torch.bfloat16: ((1.6e-2, 1.6e-2), (1e-3, 8e-3)),
+}
+# Attention over keys that the kernel rebuilds (output, log-sum-exp and logits): a key is rounded once, by the
+# reference and by the kernel, but from float32 sums in another order and angles that differ by 1e-6.
+REBUILT: dict[torch.dtype, float] = {torch.float32: 5e-5, torch.bfloat16: 2e-2}

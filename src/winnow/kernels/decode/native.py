@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
+from types import ModuleType
+
 import torch
 from torch import Tensor
 
 from winnow.kernels.backend import extension
 from winnow.types import AttentionSpec, Partial, Segment, Selection
 
-__all__ = ["decode", "unsupported"]
+__all__ = ["call", "decode", "decode_mass", "longest", "unsupported"]
 
 _DTYPES = (torch.bfloat16, torch.float32)
 
@@ -45,6 +49,43 @@ def decode(
     With ``masks`` (``[H, C, D / 8]`` uint8 for K and for V) the rows of the segment hold only the values
     whose bits are set, as :func:`winnow.kernels.bitmap_decode.bitmap_decode` says.
     """
+    logits_NS = None
+    if want_logits:
+        logits_NS = torch.full((q_HD.shape[0], longest(segment)), -torch.inf)
+    partial = call(_native().decode, logits_NS, q_HD, segment, spec, position, selection, masks)
+    return partial if logits_NS is None else replace(partial, logits=logits_NS)
+
+
+def decode_mass(
+    q_HD: Tensor, segment: Segment, spec: AttentionSpec, position: int, selection: Selection | None
+) -> tuple[Partial, Tensor]:
+    """As :func:`winnow.kernels.decode.decode_mass`; the operands passed :func:`unsupported`."""
+    mass_HS = torch.zeros(segment.heads, longest(segment))
+    return call(_native().decode_mass, mass_HS, q_HD, segment, spec, position, selection, None), mass_HS
+
+
+def longest(segment: Segment) -> int:
+    """Entries of the head that holds the most."""
+    return int(segment.lengths.max()) if segment.heads else 0
+
+
+def _native() -> ModuleType:
+    native = extension()
+    assert native is not None
+    return native
+
+
+def call(
+    entry: Callable[..., int],
+    more: Tensor | None,
+    q_HD: Tensor,
+    segment: Segment,
+    spec: AttentionSpec,
+    position: int,
+    selection: Selection | None,
+    masks: tuple[Tensor, Tensor] | None,
+) -> Partial:
+    """Attention; the kernel writes what ``entry`` gives beside it into ``more``."""
     heads, dim = q_HD.shape
     k, v, lengths = segment.k, segment.v, _int32(segment.lengths, "lengths")
     kv_heads, capacity, _ = shape = k.shape
@@ -86,14 +127,7 @@ def decode(
 
     out = torch.empty_like(q_HD)
     lse = torch.empty(1, heads)
-    logits = None
-    if want_logits:
-        longest = int(lengths.max()) if kv_heads else 0
-        logits = torch.full((heads, longest), -torch.inf)
-
-    native = extension()
-    assert native is not None
-    pairs = native.decode(
+    pairs = entry(
         q_HD.data_ptr(),
         k.data_ptr(),
         v.data_ptr(),
@@ -129,7 +163,7 @@ def decode(
         page,
         out.data_ptr(),
         lse.data_ptr(),
-        0 if logits is None else logits.data_ptr(),
-        0 if logits is None else logits.stride(0),
+        0 if more is None else more.data_ptr(),
+        0 if more is None else more.stride(0),
     )
-    return Partial(out=out[None], lse=lse, pairs=pairs, logits=logits)
+    return Partial(out=out[None], lse=lse, pairs=pairs)

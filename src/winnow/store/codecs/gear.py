@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from winnow.kernels.coded_decode import Coded, Extremes, Product
+from winnow.store.codecs.coded import ReadAsCodes
+from winnow.store.codecs.encoded import EncodedSegment
 from winnow.store.codecs.kivi import Kivi
-from winnow.store.codecs.protocol import ENTRIES, Decoded, Plane
+from winnow.store.codecs.protocol import ENTRIES, Plane
 
 __all__ = ["Gear"]
 
 _ROUNDS = 3  # of the power iteration
 
 
-class Gear(Decoded):
+class Gear(ReadAsCodes):
     """``X ~ Q(X - S) + P R^T + S``: quantised, low rank, sparse (the form of GEAR, arXiv 2403.05527).
 
     Of K the largest and the smallest value of every channel of a page, of V those of every token, are
@@ -96,6 +100,23 @@ class Gear(Decoded):
             k = pages.flatten(-3, -2)
             v = v.scatter(-1, v_at.long(), v_ext.float())
         return k.to(dtype), v.to(dtype)
+
+    def coded(self, segment: EncodedSegment) -> Coded:
+        k_left, k_right, v_left, v_right, *sparse = segment.rows[6:]
+        plain = replace(
+            self._plain.coded(segment),
+            k_product=Product(left=k_left, right=k_right),
+            v_product=Product(left=v_left, right=v_right),
+            batches=segment.batches,
+        )
+        if not sparse:
+            return plain
+        k_values, k_where, v_values, v_where = sparse
+        return replace(
+            plain,
+            k_extremes=Extremes(values=k_values, where=k_where),
+            v_extremes=Extremes(values=v_values, where=v_where),
+        )
 
 
 def _taken_out(x: Tensor, dim: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -5,13 +5,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from winnow.kernels.coded_decode import Coded, Codes
 from winnow.kernels.quantize import Quantized, dequantize, quantize
-from winnow.store.codecs.protocol import Decoded, Plane
+from winnow.store.codecs.coded import ReadAsCodes
+from winnow.store.codecs.encoded import EncodedSegment
+from winnow.store.codecs.protocol import Plane
 
 __all__ = ["Int8"]
 
 
-class Int8(Decoded):
+class Int8(ReadAsCodes):
     """K and V in 8 bits, symmetric, one scale per token each."""
 
     name = "int8"
@@ -31,6 +34,18 @@ class Int8(Decoded):
     def decode(self, rows: tuple[Tensor, ...], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         k_codes, k_scale, v_codes, v_scale = rows
         return _decode(k_codes, k_scale, dtype), _decode(v_codes, v_scale, dtype)
+
+    def coded(self, segment: EncodedSegment) -> Coded:
+        k_codes, k_scale, v_codes, v_scale = segment.rows
+        return Coded(
+            bits=8,
+            k=Codes(codes=k_codes, scale=k_scale),
+            v=Codes(codes=v_codes, scale=v_scale),
+            share="entry",
+            lengths=segment.lengths,
+            start=segment.start,
+            positions=segment.positions,
+        )
 
 
 def _decode(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:

@@ -12,15 +12,18 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from winnow.kernels.coded_decode import Coded, Codes
 from winnow.kernels.quantize import Quantized, dequantize, quantize
-from winnow.store.codecs.protocol import ENTRIES, Decoded, Plane
+from winnow.store.codecs.coded import ReadAsCodes
+from winnow.store.codecs.encoded import EncodedSegment
+from winnow.store.codecs.protocol import ENTRIES, Plane
 
 __all__ = ["Kivi"]
 
 _GROUP = 32
 
 
-class Kivi(Decoded):
+class Kivi(ReadAsCodes):
     """K in ``bits`` per channel and page, V in ``bits`` per token and group of channels."""
 
     bits: Literal[2, 4]
@@ -69,6 +72,18 @@ class Kivi(Decoded):
             group=v_codes.shape[-1] * 8 // self.bits // v_scale.shape[-1],
         )
         return dequantize(k, dtype), dequantize(v, dtype)
+
+    def coded(self, segment: EncodedSegment) -> Coded:
+        k_codes, k_scale, k_zero, v_codes, v_scale, v_zero = segment.rows[:6]
+        return Coded(
+            bits=self.bits,
+            k=Codes(codes=k_codes, scale=k_scale, zero=k_zero),
+            v=Codes(codes=v_codes, scale=v_scale, zero=v_zero),
+            share="page",
+            lengths=segment.lengths,
+            start=segment.start,
+            positions=segment.positions,
+        )
 
 
 def _group(head_dim: int) -> int:

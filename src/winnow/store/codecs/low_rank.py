@@ -7,6 +7,7 @@ from torch import Tensor
 
 from winnow.kernels.backend import Backend
 from winnow.kernels.decode import decode
+from winnow.kernels.rebuilt_decode import Turning, is_fast, rebuilt_decode, turning
 from winnow.store.codecs.encoded import EncodedSegment
 from winnow.store.codecs.protocol import Plane
 from winnow.types import AttentionSpec, Partial, Segment, Selection
@@ -64,10 +65,27 @@ class LowRank:
         want_logits: bool,
         backend: Backend,
     ) -> Partial | None:
-        """Attention over listed chunks: their keys are rebuilt, their values read, nothing else.
+        """Attention over keys that are rebuilt on the way, and values as they lie.
 
-        None for anything but lists of chunks by KV head: the caller then decodes whole pages.
+        Where the kernel cannot run, keys of listed chunks are rebuilt first; None for anything but lists of
+        chunks by KV head: the caller then decodes whole pages.
         """
+        assert segment.factors is not None
+        stored = segment.derived("stored", _stored)
+        if is_fast(q_HD, stored, segment.factors, spec, backend):
+            table = segment.derived("turning", _turning)
+            if table is not None:
+                return rebuilt_decode(
+                    q_HD,
+                    stored,
+                    segment.factors,
+                    table,
+                    spec=spec,
+                    position=position,
+                    selection=selection,
+                    want_logits=want_logits,
+                    backend=backend,
+                )
         if selection is None or selection.page != CHUNK or want_logits:
             return None
         if selection.indices.shape[0] != segment.heads:
@@ -102,3 +120,25 @@ class LowRank:
             tier=segment.tier,
             version=segment.version,
         )
+
+
+def _stored(segment: EncodedSegment) -> Segment:
+    """Values, lengths and positions; nobody reads its keys."""
+    v = segment.rows[1]
+    return Segment(
+        k=v,
+        v=v,
+        lengths=segment.lengths,
+        start=segment.start,
+        positions=segment.positions,
+        bias=segment.bias,
+        tier=segment.tier,
+        version=segment.version,
+    )
+
+
+def _turning(segment: EncodedSegment) -> Turning | None:
+    factors = segment.factors
+    assert factors is not None
+    last = factors.start + len(factors.left)
+    return turning(factors.rotary, segment.head_dim, factors.start, last)

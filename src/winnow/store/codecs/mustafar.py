@@ -69,20 +69,10 @@ class Mustafar(Decoded):
         backend: Backend,
     ) -> Partial | None:
         """Attention over the packed rows."""
-        k_values, k_mask, v_values, v_mask = segment.rows
-        packed = Segment(
-            k=k_values,
-            v=v_values,
-            lengths=segment.lengths,
-            start=segment.start,
-            positions=segment.positions,
-            bias=segment.bias,
-            tier=segment.tier,
-            version=segment.version,
-        )
+        _, k_mask, _, v_mask = segment.rows
         return bitmap_decode(
             q_HD,
-            packed,
+            segment.derived("packed", _packed),
             (k_mask, v_mask),
             spec=spec,
             position=position,
@@ -90,3 +80,18 @@ class Mustafar(Decoded):
             want_logits=want_logits,
             backend=backend,
         )
+
+
+def _packed(segment: EncodedSegment) -> Segment:
+    """The values that are stored, in place of keys and values."""
+    k_values, _, v_values, _ = segment.rows
+    return Segment(
+        k=k_values,
+        v=v_values,
+        lengths=segment.lengths,
+        start=segment.start,
+        positions=segment.positions,
+        bias=segment.bias,
+        tier=segment.tier,
+        version=segment.version,
+    )

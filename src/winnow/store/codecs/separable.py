@@ -5,13 +5,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from winnow.kernels.coded_decode import Coded, Codes
 from winnow.kernels.quantize import Quantized, dequantize, quantize
-from winnow.store.codecs.protocol import ENTRIES, Decoded, Plane
+from winnow.store.codecs.coded import ReadAsCodes
+from winnow.store.codecs.encoded import EncodedSegment
+from winnow.store.codecs.protocol import ENTRIES, Plane
 
 __all__ = ["Separable"]
 
 
-class Separable(Decoded):
+class Separable(ReadAsCodes):
     """K per channel over all entries that are encoded together, V channel-separable per token.
 
     The form of ZipCache (arXiv 2405.14256). With ``c_i = sqrt(max over tokens of abs(V_i))`` for
@@ -65,6 +68,20 @@ class Separable(Decoded):
         value = dequantize(v, dtype)
         value.view(*c.shape[:-1], ENTRIES, size).mul_(c.to(dtype).unsqueeze(-2))
         return dequantize(k, dtype), value
+
+    def coded(self, segment: EncodedSegment) -> Coded:
+        k_codes, k_scale, k_zero, v_codes, v_scale, v_zero, v_channel = segment.rows
+        return Coded(
+            bits=self.bits,
+            k=Codes(codes=k_codes, scale=k_scale, zero=k_zero),
+            v=Codes(codes=v_codes, scale=v_scale, zero=v_zero),
+            share="batch",
+            v_channel=v_channel,
+            batches=segment.batches,
+            lengths=segment.lengths,
+            start=segment.start,
+            positions=segment.positions,
+        )
 
 
 def _once(name: str, width: int) -> Plane:

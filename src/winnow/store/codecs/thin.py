@@ -95,7 +95,7 @@ class Thin(Decoded):
         q_HGD = q_HD.view(segment.heads, -1, segment.head_dim)
         partials = []
         for raw, at_HGD, kept_HGD in stretches:
-            thin_HGD = q_HGD.gather(2, at_HGD.expand_as(q_HGD)) * kept_HGD.to(q_HD.dtype)
+            thin_HGD = q_HGD.gather(2, at_HGD.expand_as(q_HGD)) * kept_HGD
             partials.append(
                 decode(
                     thin_HGD.flatten(0, 1),
@@ -119,7 +119,7 @@ class Thin(Decoded):
         """Entries between changes of any head's channels: rows as keys and values, and channels.
 
         Per stretch ``[H, 1, D]`` the channel of the query that each of the row's first ``D`` values
-        meets, and whether it meets any.
+        meets, and 1 where it meets any, else 0.
         """
         found = []
         H, D = segment.heads, segment.head_dim
@@ -139,7 +139,7 @@ class Thin(Decoded):
                 tier=part.tier,
                 version=part.version,
             )
-            kept_HGD = (torch.arange(D, device=kv.device) < self._kept).expand(H, 1, D)
+            kept_HGD = (torch.arange(D, device=kv.device) < self._kept).to(segment.dtype).expand(H, 1, D)
             found.append((raw, at_HGD, kept_HGD))
         return found
 

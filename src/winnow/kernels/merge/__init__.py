@@ -7,18 +7,23 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from winnow.kernels.backend import Backend, choose
 from winnow.types import Partial
+
+from . import native, reference
 
 __all__ = ["add_sinks", "merge"]
 
 
-def merge(partials: Sequence[Partial]) -> Partial:
+def merge(partials: Sequence[Partial], *, backend: Backend = "auto") -> Partial:
     """Merge partial results over disjoint entries into one.
 
     Parameters
     ----------
     partials : sequence of Partial
         At least one, all of the same ``[T, H * G, D]``.
+    backend : Backend
+        There is no Triton kernel: on a GPU the reference runs.
 
     Returns
     -------
@@ -28,18 +33,14 @@ def merge(partials: Sequence[Partial]) -> Partial:
     """
     if len(partials) == 1:
         return partials[0]
-    lse_pTH = torch.stack([p.lse for p in partials])
-    top_TH = lse_pTH.amax(0)
-    # A row that saw nothing anywhere has top = -inf: shift by 0 there so that no NaN appears.
-    shift_TH = torch.where(torch.isneginf(top_TH), 0.0, top_TH)
-    weight_pTH = torch.exp(lse_pTH - shift_TH)
-    total_TH = weight_pTH.sum(0)
-    out_THD = sum(
-        (w_TH.unsqueeze(-1) * p.out.float() for w_TH, p in zip(weight_pTH, partials, strict=True)),
-        start=torch.zeros_like(partials[0].out, dtype=torch.float32),
-    )
-    out_THD = out_THD / total_TH.clamp_min(torch.finfo(torch.float32).tiny).unsqueeze(-1)
-    return Partial(out=out_THD, lse=torch.log(total_TH) + shift_TH, pairs=sum(p.pairs for p in partials))
+    device = partials[0].out.device
+    if backend == "triton":
+        raise ValueError("merge: there is no Triton kernel; use backend='auto'")
+    if backend == "auto" and device.type != "cpu":
+        backend = "reference"
+    if choose("merge", backend, device, unsupported=native.unsupported(partials)) == "native":
+        return native.merge(partials)
+    return reference.merge(partials)
 
 
 def add_sinks(partial: Partial, sinks_H: Tensor) -> Partial:
