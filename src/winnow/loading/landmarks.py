@@ -105,7 +105,7 @@ class Landmarks:
 
     def state_bytes(self, state: LandmarksState) -> int:
         """Bytes of the landmarks that the part made; stored ones belong to the store."""
-        return sum(table.nbytes for tables in state.tables.values() for table in tables.values())
+        return sum(table.rows.nbytes for tables in state.tables.values() for table in tables.values())
 
     def _landmarks(self, segment: Stored, tables: dict[int, PageTable], number: int) -> Tensor:
         """``[H, P, D]``; what lies behind a head's end is not valid."""

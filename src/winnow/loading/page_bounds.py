@@ -114,7 +114,7 @@ class PageBounds:
 
     def state_bytes(self, state: PageBoundsState) -> int:
         """Bytes of the bounds, with their reserve."""
-        return sum(table.nbytes for tables in state.tables.values() for table in tables)
+        return sum(table.rows.nbytes for tables in state.tables.values() for table in tables)
 
     def _score(self, ctx: DecodeLayer, segment: Stored, table: PageTable) -> tuple[Tensor, int]:
         """``[H, P]`` float32 bounds on the scaled logits, ``-inf`` behind a head's end, and bytes read."""

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from winnow._check import integer
 from winnow.kernels.key_scan import KeyCodes, key_scan, quantize_keys
-from winnow.loading.lists import Carried, Stored, choose, identity
+from winnow.loading.lists import Carried, Stored, choose
 from winnow.loading.protocol import DecodeLayer
+from winnow.loading.side_data import SideData, updated
 from winnow.types import EVERYTHING, Needs, View
 
 __all__ = ["Sketch"]
@@ -21,27 +22,10 @@ _GROW = 1024  # entries by which the copy's reserve grows, so that a step copies
 
 
 @dataclass
-class _Copy:
-    """Codes of the keys of one segment.
-
-    Attributes
-    ----------
-    of : tuple
-        What the segment was when the codes were made; another one makes them stale.
-    done : Tensor
-        ``[H]`` int32 entries of each head that have codes.
-    """
-
-    of: tuple[object, ...]
-    codes: KeyCodes
-    done: Tensor
-
-
-@dataclass
 class SketchState:
     """Codes of the selecting layers, and the choice on its way through a step."""
 
-    copies: dict[int, list[_Copy]] = field(default_factory=dict)
+    copies: dict[int, list[SideData[KeyCodes]]] = field(default_factory=dict)
     due: bool = False
     chosen: Carried = field(default_factory=Carried)
 
@@ -130,12 +114,8 @@ class Sketch:
 
     def state_bytes(self, state: SketchState) -> int:
         """Bytes of the codes and scales, with their reserve."""
-        return sum(
-            t.numel() * t.element_size()
-            for copies in state.copies.values()
-            for copy in copies
-            for t in (copy.codes.codes, copy.codes.scales)
-        )
+        copies = [copy.rows for of_layer in state.copies.values() for copy in of_layer]
+        return sum(codes.codes.nbytes + codes.scales.nbytes for codes in copies)
 
     def _scan(self, ctx: DecodeLayer, state: SketchState) -> View:
         held = state.copies.setdefault(ctx.layer, [])
@@ -143,15 +123,15 @@ class Sketch:
         scores, scanned = [], 0
         biased = any(getattr(segment, "bias", None) is not None for segment in ctx.segments)
         for i, segment in enumerate(ctx.segments):
-            copy = self._copy(held[i] if i < len(held) else None, segment, ctx)
+            copy = updated(held[i] if i < len(held) else None, segment, _Codes(self.bits, ctx))
             held[i : i + 1] = [copy]
-            score_HS = key_scan(ctx.q, copy.codes, segment.lengths, reduce="max", backend=ctx.backend)
+            score_HS = key_scan(ctx.q, copy.rows, segment.lengths, reduce="max", backend=ctx.backend)
             if biased:
                 score_HS *= ctx.spec.scale
                 if isinstance(bias := getattr(segment, "bias", None), Tensor):
                     score_HS += bias[:, : score_HS.shape[1]]
             scores.append(score_HS)
-            scanned += int(segment.lengths.sum()) * copy.codes.bytes_per_entry
+            scanned += int(segment.lengths.sum()) * copy.rows.bytes_per_entry
         widths = [one.shape[1] for one in scores]
         best_HS = scores[0] if len(scores) == 1 else torch.cat(scores, 1)
         self._force(best_HS, widths, ctx)
@@ -159,22 +139,6 @@ class Sketch:
         if self.every > 1:
             state.chosen.put(ctx.segments, selections)
         return View(selections=selections, scanned=scanned)
-
-    def _copy(self, old: _Copy | None, segment: Stored, ctx: DecodeLayer) -> _Copy:
-        """Codes of all entries of a segment; only those that have none are made."""
-        of = identity(segment)
-        lengths_H = segment.lengths
-        longest = int(lengths_H.max())
-        if old is None or old.of != of or bool((old.done > lengths_H).any()):
-            capacity = -(-longest // _GROW) * _GROW
-            codes = KeyCodes.empty(segment.heads, capacity, ctx.q.shape[1], self.bits, ctx.q.device)
-            old = _Copy(of=of, codes=codes, done=torch.zeros_like(lengths_H))
-        if longest > old.codes.capacity:
-            old.codes = old.codes.grown(-(-longest // _GROW) * _GROW)
-        if not torch.equal(old.done, lengths_H):
-            quantize_keys(_keys(segment), old.done, lengths_H, old.codes, backend=ctx.backend)
-        old.done = lengths_H.clone()
-        return old
 
     def _force(self, best_HS: Tensor, widths: Sequence[int], ctx: DecodeLayer) -> None:
         """Give the first and last entries of every head, over all segments, infinite scores."""
@@ -192,6 +156,20 @@ class Sketch:
                 first += width
 
 
-def _keys(segment: Stored) -> Tensor:
-    """``[H, C, D]`` keys. An encoded segment is decoded whole; it changes by demotion, not by step."""
-    return segment.decode().k
+@dataclass(frozen=True)
+class _Codes:
+    """Codes of every key. An encoded segment is decoded whole; it changes by demotion, not by step."""
+
+    bits: Literal[4, 8]
+    ctx: DecodeLayer
+
+    def empty(self, segment: Stored) -> KeyCodes:
+        q = self.ctx.q
+        return KeyCodes.empty(segment.heads, 0, q.shape[1], self.bits, q.device)
+
+    def roomy(self, rows: KeyCodes, segment: Stored, entries: int) -> KeyCodes:
+        return rows if entries <= rows.capacity else rows.grown(-(-entries // _GROW) * _GROW)
+
+    def write(self, rows: KeyCodes, segment: Stored, done: Sequence[int], lengths: Sequence[int]) -> None:
+        begin_H = torch.tensor(done, dtype=torch.int32)
+        quantize_keys(segment.decode().k, begin_H, segment.lengths, rows, backend=self.ctx.backend)
