@@ -92,9 +92,8 @@ def test_every_method_survives_a_suspension(module, tmp_path, name):
         for _ in range(3):
             engine.step()
         if interrupted:
-            before = engine.bytes_held()
             engine.suspend(result, Swap(tmp_path, 64 << 20))
-            assert engine.bytes_held() < before // 4  # entries go, what a compression remembers stays
+            assert engine.bytes_held() == 0
             engine.resume(result)
         drained(engine)
         return result.token_ids, result.samples[0].logprobs

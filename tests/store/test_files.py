@@ -14,6 +14,7 @@ import time
 import zlib
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -88,6 +89,46 @@ def test_the_header_is_read_without_the_entries(tmp_path: Path) -> None:
     path = tmp_path / "s.kv"
     files.save(filled(), path, HEADER)
     assert files.read_header(path) == HEADER
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_header_may_hold_tensors(tmp_path: Path, packed: bool) -> None:
+    path = tmp_path / "s.kv"
+    found = {
+        "sums": torch.rand(2, 3),
+        "last": [[torch.arange(4, dtype=torch.int32), 1]],
+        "no": torch.empty(0, 5),
+    }
+    with filled() as store:
+        files.save(
+            store, path, {**HEADER, "found": found, "v": store.segments(0)[0].v[:, 3:5]}, packed=packed
+        )
+        again, header = files.load(path, {"model": "m1"})
+        assert torch.equal(header.pop("v"), store.segments(0)[0].v[:, 3:5])
+        assert_same(store, again)
+    back = header.pop("found")
+    assert header == HEADER
+    assert torch.equal(back["sums"], found["sums"])
+    assert back["no"].shape == (0, 5)
+    ((last, one),) = back["last"]
+    assert (last.dtype, last.tolist(), one) == (torch.int32, [0, 1, 2, 3], 1)
+    assert files.read_header(path)["found"]["sums"]["shape"] == [2, 3], "tensors stay where they are"
+    with pytest.raises(AssertionError, match="complex64 are not written"):
+        files.save(store, path, {"z": torch.zeros(1, dtype=torch.complex64)})
+
+
+def test_a_tensor_of_a_header_that_does_not_fit_is_damage(tmp_path: Path, monkeypatch) -> None:
+    path = tmp_path / "s.kv"
+    recorded = files._recorded
+
+    def wrong(value: Any, add: Any) -> Any:
+        record = recorded(value, add)
+        return {**record, "shape": [1, 3]} if isinstance(value, torch.Tensor) else record
+
+    monkeypatch.setattr(files, "_recorded", wrong)
+    files.save(filled(), path, {"sums": torch.rand(2, 3)})
+    with pytest.raises(StoreFileError, match="a tensor of its header has the wrong size"):
+        files.load(path)
 
 
 @pytest.mark.parametrize("key", ["model", "recipe"])

@@ -2,7 +2,10 @@
 
 A part is a frozen value. What changes while a sequence runs lives in a state that the part makes for
 the sequence. State per entry must follow the entries: :meth:`Scorer.follow` is called whenever entries
-of a layer were dropped, by a plan or by a rollback.
+of a layer were dropped, by a plan or by a rollback, :meth:`Action.truncated` after a rollback.
+
+States are saved with a sequence. They are plain data (:mod:`winnow.compression.memory`) of the type that
+the annotation of ``state`` names.
 """
 
 from __future__ import annotations
@@ -14,9 +17,13 @@ from typing import Any, Literal, Protocol
 from torch import Tensor
 
 from winnow._check import integer
-from winnow.types import Budget, Glimpse, Needs, Observation, Plan, Profile, Scores
+from winnow.store.codecs import EncodedSegment
+from winnow.types import Budget, Glimpse, Needs, Observation, Plan, Profile, Scores, Segment
 
-__all__ = ["Action", "BudgetRule", "Compress", "Plain", "Scorer", "Setting"]
+__all__ = ["Action", "BudgetRule", "Compress", "Plain", "Scorer", "Setting", "Stored"]
+
+Stored = Segment | EncodedSegment
+"""Entries of a layer as they lie in the store."""
 
 
 class Plain:
@@ -40,6 +47,9 @@ class Plain:
         """Nothing is remembered."""
 
     def follow(self, layer: int, keep: Sequence[Tensor], state: Any) -> None:
+        """Nothing was remembered."""
+
+    def truncated(self, layer: int, left: Sequence[Stored], tokens: int, state: Any) -> None:
         """Nothing was remembered."""
 
 
@@ -135,6 +145,10 @@ class Action(Protocol):
 
     def plan(self, seen: Observation, scores: Scores, budget: Budget, state: Any) -> Plan:
         """Turn scores and a budget into a plan for one layer. Inputs are not changed."""
+        ...
+
+    def truncated(self, layer: int, left: Sequence[Stored], tokens: int, state: Any) -> None:
+        """The sequence was cut to its first ``tokens`` tokens, which left a layer these segments."""
         ...
 
 

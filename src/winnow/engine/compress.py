@@ -5,19 +5,23 @@ from __future__ import annotations
 import copy
 import signal
 import threading
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import FrameType
+from typing import Any, get_type_hints
 
 import torch
 
+from winnow.compression import tracks
+from winnow.compression.memory import plain, restored, tensors
 from winnow.compression.protocol import Compress, Setting
 from winnow.engine.request import Stats
 from winnow.engine.watch import QueryWatch
 from winnow.store.sequence import SequenceStore
 from winnow.types import Glimpse, LanguageModel, Observation, Plan, Profile, Scores
 
-__all__ = ["Compression", "uninterrupted"]
+__all__ = ["Compression", "growth", "uninterrupted"]
 
 
 class Compression:
@@ -40,9 +44,7 @@ class Compression:
         self.queries = QueryWatch(recipe.needs, decoding=recipe.every > 0)
         self.acted = 0
         self._profile = profile
-        self._score_state = recipe.score.state()
-        self._budget_state = recipe.budget.state()
-        self._act_state = recipe.act.state()
+        self.forget()
 
     def copy(self) -> Compression:
         """The same memory for another sequence that holds the same entries."""
@@ -52,6 +54,49 @@ class Compression:
         other._budget_state = copy.deepcopy(self._budget_state)
         other._act_state = copy.deepcopy(self._act_state)
         return other
+
+    # ------------------------------------------------------------------ memory
+
+    @property
+    def _states(self) -> tuple[Any, Any, Any]:
+        return self._score_state, self._budget_state, self._act_state
+
+    def memory(self) -> dict[str, Any]:
+        """What it remembers, as JSON values and tensors, for :meth:`recall`."""
+        return {"acted": self.acted, "states": [plain(state) for state in self._states]}
+
+    def forget(self) -> None:
+        """Free what :meth:`memory` gave; :meth:`recall` brings it back."""
+        recipe = self.recipe
+        self._score_state, self._budget_state, self._act_state = (
+            part.state() for part in (recipe.score, recipe.budget, recipe.act)
+        )
+
+    def recall(self, memory: Mapping[str, Any]) -> None:
+        """Remember what another one did, under the same recipe."""
+        self.acted = int(memory["acted"])
+        parts: tuple[Any, ...] = (self.recipe.score, self.recipe.budget, self.recipe.act)
+        self._score_state, self._budget_state, self._act_state = (
+            restored(get_type_hints(type(part).state)["return"], state)
+            for part, state in zip(parts, memory["states"], strict=True)
+        )
+
+    @property
+    def remembers(self) -> bool:
+        """Whether a sequence of this recipe goes on otherwise if :meth:`memory` is lost."""
+        return self.recipe.every > 0 or any(state is not None for state in self._states)
+
+    def bytes(self) -> dict[str, int]:
+        """Bytes of what it remembers, by tier."""
+        held: Counter[str] = Counter()
+        for tensor in (t for state in self._states for t in tensors(state)):
+            held["host" if tensor.device.type == "cpu" else "device"] += tensor.untyped_storage().nbytes()
+        return dict(held)
+
+    def reserve(self, store: SequenceStore) -> None:
+        """Make room for the numbers that the scorer keeps of every entry."""
+        for layer in range(store.layers):
+            tracks.reserve(self._score_state, layer, store.lengths(layer))
 
     # ------------------------------------------------------------------ when
 
@@ -128,14 +173,19 @@ class Compression:
         stats.entries_before += before
         stats.entries_after += _entries(store)
 
-    @torch.inference_mode()  # states are made while the engine infers, and refuse to change outside
     def truncated(self, store: SequenceStore) -> None:
         """The store was rolled back: forget the entries that went, and what was half observed."""
         self.queries.forget()
         self.acted = min(self.acted, store.length)
         for layer in range(store.layers):
-            left: Sequence[torch.Tensor] = [torch.arange(n) for n in store.lengths(layer)]
-            self.recipe.score.follow(layer, left, self._score_state)
+            kept: Sequence[torch.Tensor] = [torch.arange(n) for n in store.lengths(layer)]
+            self.recipe.score.follow(layer, kept, self._score_state)
+            self.recipe.act.truncated(layer, store.segments(layer), store.length, self._act_state)
+
+
+def growth(recipe: Compress | None, tokens: int) -> int:
+    """Most bytes per layer and KV head that a scorer's numbers take for ``tokens`` entries more."""
+    return 0 if recipe is None else tracks.growth(recipe.score.state(), tokens)
 
 
 def _entries(store: SequenceStore) -> int:

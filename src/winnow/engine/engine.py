@@ -10,6 +10,7 @@ from collections.abc import Sequence as Seq
 import torch
 
 from winnow.engine.attend import Slice, StepAttention
+from winnow.engine.compress import growth
 from winnow.engine.packing import pack
 from winnow.engine.probe import probe
 from winnow.engine.repair import Division, Repair
@@ -289,6 +290,8 @@ class Engine:
             row = 0
             for part, run in zip(packed.slices, packed.runs, strict=True):
                 run.sequence.store.advance(part.last - part.first)
+                if part.prompt and run.sequence.compression is not None:
+                    run.sequence.compression.reserve(run.sequence.store)
                 self._purity(run, part)
                 if part.prompt and part.final:
                     self._prompt_done(run)
@@ -419,7 +422,17 @@ class Engine:
         """Most bytes that ``tokens`` new tokens of one sequence add, in whole memory pages."""
         model = self.model
         row = -(-tokens * model.head_dim * model.dtype.itemsize // PAGE) + 1
-        return 2 * model.layers * model.kv_heads * row * PAGE
+        return self._heads * (2 * row * PAGE + growth(self.recipe.compression, tokens))
+
+    @property
+    def _heads(self) -> int:
+        """KV heads that store entries: layers may share them."""
+        return (max(self.model.slots) + 1) * self.model.kv_heads
+
+    def _fork_bytes(self, run: Run) -> int:
+        """Bytes that the samples of a prompt take once it is computed: each keeps its own account of it."""
+        each = self._heads * growth(self.recipe.compression, run.prompt_end)
+        return (1 + len(run.siblings)) * each if run.siblings else 0
 
     def bytes_held(self) -> int:
         """Measured bytes of all requests' own entries; the pool's are not among them."""
@@ -436,12 +449,13 @@ class Engine:
     def bytes_promised(self) -> int:
         """Bytes that the requests hold once every prompt and one more token are computed."""
         runs = [*self._running, *self._waiting]
-        return self.bytes_held() + sum(self.bytes_of(max(run.pending, 1)) for run in runs)
+        return self.bytes_held() + sum(self.bytes_of(max(r.pending, 1)) + self._fork_bytes(r) for r in runs)
 
     def growth(self) -> int:
         """Most bytes that the next step adds."""
         chunks = [run.divided for run in self._waiting]
-        return sum(self.bytes_of(count) for count in [*chunks, *self._next_shares()] if count)
+        forks = sum(self._fork_bytes(run) for run in [*self._running, *self._waiting])
+        return forks + sum(self.bytes_of(count) for count in [*chunks, *self._next_shares()] if count)
 
     def chunks_coming(self) -> int:
         """Most bytes of chunks that the next step computes for its pool."""
@@ -472,9 +486,7 @@ class Engine:
         return self._shares([*self._running, *self._waiting[:room]])
 
     def _sequences(self) -> list[Sequence]:
-        # What a compression remembers of a suspended sequence stays here while its entries are away.
-        away = [one.run for of in self._suspended.values() for one in of]
-        return [*(run.sequence for run in [*self._running, *self._waiting, *away]), *self._prompts]
+        return [*(run.sequence for run in [*self._running, *self._waiting]), *self._prompts]
 
     def suspend(self, result: Result, swap: Swap) -> None:
         """Send every sample of a request to a swap; it goes on after :meth:`resume` as if nothing had been.

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
+
 from winnow.engine.compress import Compression
 from winnow.recipe import Recipe
 from winnow.retrieval.protocol import Match, Pool
@@ -105,6 +107,8 @@ class Sequence:
         loading = self.recipe.loading
         if loading is not None and (side := loading.state_bytes(self.loading_state)):
             held["host/index"] = side
+        if self.compression is not None:
+            held |= {f"{tier}/state": n for tier, n in self.compression.bytes().items()}
         return held
 
     def bytes_owned(self) -> int:
@@ -112,8 +116,9 @@ class Sequence:
         return sum(n for kind, n in self.bytes_stored().items() if kind != "host/shared")
 
     def suspend(self, swap: Swap) -> Parked:
-        """Move every entry to a swap, borrowed ones included; :meth:`resume` brings them back.
+        """Move every entry to a swap, borrowed ones and what belongs to them included.
 
+        :meth:`resume` brings them back.
         Side data of a selector is keyed by the segments that go: it is built anew.
 
         Raises
@@ -121,7 +126,12 @@ class Sequence:
         winnow.store.files.StoreFileError
             No space or no permission; nothing has changed.
         """
-        parked = swap.put(self.store)
+        if self.compression is None:
+            parked = swap.put(self.store, {})
+        else:
+            header = {"compression": self.compression.memory()}
+            parked = swap.put(self.store, header, beside=sum(self.compression.bytes().values()))
+            self.compression.forget()
         self.close()
         if self.recipe.loading is not None:
             self.loading_state = self.recipe.loading.state()
@@ -129,8 +139,11 @@ class Sequence:
 
     def resume(self, parked: Parked, model: LanguageModel) -> None:
         """Take back what :meth:`suspend` moved."""
-        self.store = parked.take(device=model.device, rotary=rotary_of(model))
+        self.store, header = parked.take(device=model.device, rotary=rotary_of(model))
+        if self.compression is not None:
+            self.compression.recall(header["compression"])
 
+    @torch.inference_mode()  # what the store and the parts hold was made so, and refuses to change outside
     def rollback(self, tokens: int, computed: int, turns: int) -> None:
         """Forget what came after ``tokens`` tokens, of which ``computed`` have entries.
 

@@ -152,6 +152,8 @@ class Session:
             "pure": sequence.pure,
             "compressed": sequence.compressed,
         }
+        if sequence.compression is not None:
+            header["compression"] = sequence.compression.memory()
         files.save(sequence.store, Path(path), header)
 
     @classmethod
@@ -169,7 +171,24 @@ class Session:
         sequence.tokens = list(header["tokens"])
         sequence.turns, sequence.pure = int(header["turns"]), int(header["pure"])
         sequence.compressed = int(header["compressed"])
+        if sequence.compression is not None:
+            cls._recall(sequence, header, path)
         return cls(engine, sequence)
+
+    @staticmethod
+    def _recall(sequence: Sequence, header: dict[str, Any], path: str | Path) -> None:
+        assert sequence.compression is not None
+        try:
+            if "compression" in header:
+                sequence.compression.recall(header["compression"])
+            elif sequence.compression.remembers:
+                raise KeyError("compression")
+        except (KeyError, TypeError, ValueError) as error:
+            sequence.close()
+            raise files.StoreFileError(
+                f"{path} was saved by another version, which did not keep what its compression remembers as "
+                f"this one does ({error}); read its tokens anew and save the session again"
+            ) from error
 
     # ------------------------------------------------------------------ end
 

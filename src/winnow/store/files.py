@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import struct
 import tempfile
@@ -44,7 +45,14 @@ _HEAD = struct.Struct("<8sIQI")
 _PLACE = struct.Struct("<Q")
 _INDEX_FIRST = (1, 2)
 _ALIGN = 64
-_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+_DTYPES = {
+    "float32": torch.float32,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "int32": torch.int32,
+    "int64": torch.int64,
+}
+_TENSOR = "@tensor"  # marks the record of a tensor in a header
 _INDEX_LIMIT = 1 << 30  # a longer index is taken for damage before memory is asked for
 
 
@@ -71,7 +79,7 @@ def save(store: SequenceStore, path: str | Path, header: Mapping[str, Any], *, p
         Entries of a pool that it reads are written too.
     path : path
     header : mapping
-        JSON values that :func:`load` gives back, such as fingerprints and token ids.
+        JSON values and tensors that :func:`load` gives back, such as fingerprints and token ids.
     packed : bool
         Spend time to write fewer bytes; what is read back is the same bit by bit.
 
@@ -177,7 +185,7 @@ def _index(store: SequenceStore, header: Mapping[str, Any], tensors: _Tensors) -
         runs.append(of_layer)
     shape = store.shape
     index = {
-        "header": dict(header),
+        "header": _recorded(dict(header), add),
         "store": {
             "layers": store.layers,
             "heads": shape.heads,
@@ -190,6 +198,19 @@ def _index(store: SequenceStore, header: Mapping[str, Any], tensors: _Tensors) -
         "tensors": tensors.records,
     }
     return json.dumps(index, separators=(",", ":")).encode()
+
+
+def _recorded(value: Any, add: Callable[[list[Tensor]], int]) -> Any:
+    """A header, with the record of each tensor in its place."""
+    if isinstance(value, Tensor):
+        kind = str(value.dtype).removeprefix("torch.")
+        assert kind in _DTYPES, f"tensors of {kind} are not written"
+        return {_TENSOR: add([value]), "dtype": kind, "shape": list(value.shape), "cpu": value.is_cpu}
+    if isinstance(value, Mapping):
+        return {key: _recorded(one, add) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_recorded(one, add) for one in value]
+    return value
 
 
 def _factor_record(factors: Factors, add: Callable[[list[Tensor]], int]) -> dict[str, Any]:
@@ -206,7 +227,7 @@ def _factor_record(factors: Factors, add: Callable[[list[Tensor]], int]) -> dict
 
 
 def read_header(path: str | Path) -> dict[str, Any]:
-    """The caller's header of a sequence file, without its entries.
+    """The caller's header of a sequence file, without its entries; of tensors the records.
 
     Raises
     ------
@@ -275,9 +296,33 @@ def read(
                 f"open it with the {key} it was saved with"
             )
     try:
+        tensors = index["tensors"]
+        header = {key: _read_recorded(file, path, tensors, base, one, device) for key, one in header.items()}
         return _fill(file, path, index, base, device, directory, rotary), header
     except (KeyError, TypeError, IndexError, AttributeError) as error:
         raise _damaged(path, f"its index does not make sense ({error})") from error
+
+
+def _read_recorded(
+    file: BufferedIOBase,
+    path: Path,
+    tensors: list[dict[str, int]],
+    base: int,
+    value: Any,
+    device: str | torch.device,
+) -> Any:
+    """A header's value, with tensors in the place of their records."""
+    if isinstance(value, list):
+        return [_read_recorded(file, path, tensors, base, one, device) for one in value]
+    if not isinstance(value, dict):
+        return value
+    if _TENSOR not in value:
+        return {key: _read_recorded(file, path, tensors, base, one, device) for key, one in value.items()}
+    entry, dtype = tensors[value[_TENSOR]], _DTYPES[value["dtype"]]
+    if entry["bytes"] != math.prod(value["shape"]) * dtype.itemsize or entry["offset"] < 0:
+        raise _damaged(path, "a tensor of its header has the wrong size")
+    tensor = _read_tensor(file, path, base, entry).view(dtype).view(value["shape"])
+    return tensor if value["cpu"] else tensor.to(device)
 
 
 def _fill(
@@ -290,7 +335,7 @@ def _fill(
     rotary: RotaryOf | None,
 ) -> SequenceStore:
     form = index["store"]
-    if form["dtype"] not in _DTYPES:
+    if not getattr(_DTYPES.get(form["dtype"]), "is_floating_point", False):
         raise _damaged(path, f"it names an unknown type {form['dtype']!r}")
     store = SequenceStore(
         layers=form["layers"],

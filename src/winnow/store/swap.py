@@ -11,8 +11,10 @@ import itertools
 import mmap
 import os
 from collections import Counter
+from collections.abc import Mapping
 from io import BufferedIOBase
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -82,7 +84,9 @@ class Parked:
         self._swap = swap
         self._place = place
 
-    def take(self, *, device: str | torch.device = "cpu", rotary: RotaryOf | None = None) -> SequenceStore:
+    def take(
+        self, *, device: str | torch.device = "cpu", rotary: RotaryOf | None = None
+    ) -> tuple[SequenceStore, dict[str, Any]]:
         """Bring the entries back and free their place; see :func:`winnow.store.files.load`.
 
         Raises
@@ -91,12 +95,12 @@ class Parked:
             A file is gone or damaged; :meth:`drop` what is left of it.
         """
         if isinstance(self._place, Path):
-            store, _ = files.load(self._place, device=device, rotary=rotary)
+            taken = files.load(self._place, device=device, rotary=rotary)
         else:
             self._place.seek(0)
-            store, _ = files.read(self._place, Path("swap"), device=device, rotary=rotary)
+            taken = files.read(self._place, Path("swap"), device=device, rotary=rotary)
         self.drop()
-        return store
+        return taken
 
     def drop(self) -> None:
         """Free their place; may be called again."""
@@ -139,38 +143,46 @@ class Swap:
             held[one.tier] += one.bytes
         return dict(held)
 
-    def put(self, store: SequenceStore) -> Parked:
+    def put(self, store: SequenceStore, header: Mapping[str, Any], *, beside: int = 0) -> Parked:
         """Write every entry of a sequence, those of a pool that it reads included.
+
+        Parameters
+        ----------
+        store : SequenceStore
+        header : mapping
+            JSON values and tensors that come back with them.
+        beside : int
+            Bytes of these.
 
         Raises
         ------
         StoreFileError
             Host memory has no room, and the directory no space or permission; nothing has changed.
         """
-        back = sum(store.bytes().values()) + store.shared_bytes()
-        parked = self._in_memory(store, back) or self._on_disk(store, back)
+        back = sum(store.bytes().values()) + store.shared_bytes() + beside
+        parked = self._in_memory(store, header, back) or self._on_disk(store, header, back)
         self.parked.append(parked)
         self.peak = max(self.peak, self.bytes().get("swap", 0))
         return parked
 
-    def _in_memory(self, store: SequenceStore, back: int) -> Parked | None:
+    def _in_memory(self, store: SequenceStore, header: Mapping[str, Any], back: int) -> Parked | None:
         left = (self.space - self.bytes().get("swap", 0)) // PAGE * PAGE
         # Packing seldom makes a third of entries: what will hardly fit is not tried.
         if left <= 0 or back > 3 * left:
             return None
         memory = _Memory(min(left, -(-back // PAGE) * PAGE + _INDEX))
         try:
-            files.write(store, memory, {}, packed=True)
+            files.write(store, memory, header, packed=True)
         except OSError:  # it does not fit
             memory.close()
             return None
         return Parked(self, memory, memory.nbytes(), back)
 
-    def _on_disk(self, store: SequenceStore, back: int) -> Parked:
+    def _on_disk(self, store: SequenceStore, header: Mapping[str, Any], back: int) -> Parked:
         path = self._directory / f"{next(_names)}.kv"
         try:
             with path.open("xb") as file:
-                size = files.write(store, file, {}, packed=True)
+                size = files.write(store, file, header, packed=True)
         except OSError as error:
             path.unlink(missing_ok=True)
             raise StoreFileError(

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from winnow.compression.actions.drop import kept
-from winnow.compression.protocol import Plain
+from winnow.compression.protocol import Plain, Stored
 from winnow.types import Budget, Observation, Plan, Rewrite, Scores
 
 __all__ = ["Compensate"]
@@ -67,6 +68,11 @@ class Compensate(Plain):
             keep.append(stays)
             rewrite.append(change)
         return Plan(keep=tuple(keep), rewrite=tuple(rewrite))
+
+    def truncated(self, layer: int, left: Sequence[Stored], tokens: int, state: CompensateState) -> None:
+        """An entry that stood for dropped ones may have gone too."""
+        for key in [k for k, gone in state.gone.items() if k[0] == layer and gone.position >= tokens]:
+            del state.gone[key]
 
     def _head(
         self, seen: Observation, scores: Scores, h: int, n: int, room: int, state: CompensateState

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -10,7 +11,7 @@ from torch.nn import functional
 
 from winnow._check import integer
 from winnow.compression.actions.drop import kept
-from winnow.compression.protocol import Plain
+from winnow.compression.protocol import Plain, Stored
 from winnow.store.codecs import ENTRIES
 from winnow.store.codecs.low_rank import CHUNK
 from winnow.types import Budget, Demotion, Factors, Needs, Observation, Plan, Scores, Tier
@@ -111,8 +112,7 @@ class FactorKeys(Plain):
         for head, n in enumerate(scores.lengths.tolist()):
             stays = torch.arange(n) if keep is None else keep[head]
             where = segment.positions_of(head).cpu()[stays]
-            # The sequence may have been rolled back.
-            fresh = stays[where >= min(end[head], seen.tokens)]
+            fresh = stays[where >= end[head]]
             old = self._old(fresh)
             lists.append(self._represented(segment.k[head], old))
             ends.append(int(segment.positions_of(head)[int(old[-1])]) + 1 if len(old) else end[head])
@@ -128,6 +128,11 @@ class FactorKeys(Plain):
         factors = Factors(left=left.to(dtype), right=right.to(dtype), start=first, rotary=seen.rotary)
         demotion = Demotion(entries=tuple(lists), codec=f"low-rank:{rank}", tier=self.tier, factors=factors)
         return Plan(keep=keep, demote=(demotion,))
+
+    def truncated(self, layer: int, left: Sequence[Stored], tokens: int, state: Factored) -> None:
+        """What comes in the place of judged entries is judged anew."""
+        if layer in state.end:
+            state.end[layer] = [min(end, tokens) for end in state.end[layer]]
 
     def _old(self, fresh: Tensor) -> Tensor:
         """Entries of whole chunks that leave whole pages once the outliers are taken out."""

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 
 from winnow._check import integer
 from winnow.compression.actions.drop import kept
-from winnow.compression.protocol import Plain
+from winnow.compression.protocol import Plain, Stored
 from winnow.store.codecs import ENTRIES, codec_named
 from winnow.types import Budget, Demotion, Observation, Plan, Scores
 
@@ -24,7 +25,7 @@ class Graded:
     end : dict of int to list of int
         Position below which every entry has had its grade.
     low, all : dict of int to list of int
-        Entries that got the lower grade, and that got any.
+        Entries that got the lower grade, and that got any; after a rollback, those that are left of them.
     """
 
     end: dict[int, list[int]] = field(default_factory=dict)
@@ -40,7 +41,6 @@ class Grade(Plain):
     the store: in every head the lowest scores go to ``low``, the others to ``high``, so that of all
     entries graded so far ``percent`` are low, to half a page. Of equal scores, the later is high.
     A grade is for good: nothing is encoded twice. What fills no page waits for the next time.
-    After a sequence was rolled back, entries that take the place of graded ones stay as computed.
 
     Source: ZipCache (arXiv 2405.14256), ``zipcache/models/modeling_llama.py``.
 
@@ -82,7 +82,6 @@ class Grade(Plain):
         for head, n in enumerate(scores.lengths.tolist()):
             stays = torch.arange(n) if keep is None else keep[head]
             where = segment.positions_of(head).cpu()[stays]
-            end[head] = min(end[head], seen.tokens)  # the sequence may have been rolled back
             fresh = stays[where >= end[head]]
             fresh = fresh[: max(0, len(fresh) - self.recent) // ENTRIES * ENTRIES]
             pages = len(fresh) // ENTRIES
@@ -104,3 +103,10 @@ class Grade(Plain):
             if any(map(len, lists))
         )
         return Plan(keep=keep, demote=demote)
+
+    def truncated(self, layer: int, left: Sequence[Stored], tokens: int, state: Graded) -> None:
+        """What comes in the place of graded entries is graded anew."""
+        for head, end in enumerate(state.end.get(layer, ())):
+            state.end[layer][head] = end = min(end, tokens)
+            state.low[layer][head] = sum(int(s.lengths[head]) for s in left if s.codec == self.low)
+            state.all[layer][head] = sum(int((s.positions_of(head) < end).sum()) for s in left)
