@@ -37,6 +37,15 @@ WEATHER = {
         },
     },
 }
+
+
+def nested(depth: int) -> dict:
+    schema: dict = {}
+    for _ in range(depth - 1):
+        schema = {"items": schema}
+    return schema
+
+
 CLOCK = {
     "type": "function",
     "function": {
@@ -117,6 +126,8 @@ def test_the_constraint_is_gone_with_its_request(client):
         {"type": "json_schema"},
         {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "nonsense"}}},
         {"type": "json_schema", "json_schema": {"name": "x", "schema": {"$ref": "#/$defs/none"}}},
+        {"type": "json_schema", "json_schema": {"name": "x", "schema": {"$ref": "#"}}},
+        {"type": "json_schema", "json_schema": {"name": "x", "schema": nested(101)}},
         {"type": "json_schema", "json_schema": {"name": "x", "schema": {"enum": ["x" * 70_000]}}},
     ],
 )
@@ -240,3 +251,39 @@ def test_reader_follows_the_template():
     assert isinstance(reader("auto", '{"name": function name, "parameters": dictionary}'), Json)
     assert reader("auto", "plain") is None
     assert reader("none", "<tool_call>") is None
+
+
+def test_a_form_that_leads_nowhere_ends_its_own_answer_and_no_other(server, client):
+    """What the schema demands can never be complete; others in the same batch go on."""
+    endless = {"$ref": "#/$defs/endless"}
+    schema = {
+        "type": "object",
+        "properties": {"a": endless},
+        "required": ["a"],
+        "additionalProperties": False,
+        "$defs": {"endless": endless},
+    }
+    form = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+    other = client.chat.completions.create(
+        model="tiny", messages=CHAT, max_tokens=300, stream=True, extra_body={"ignore_eos": True}
+    )
+    written = iter(other)
+    next(written)
+    answer = client.chat.completions.create(
+        model="tiny", messages=CHAT, max_tokens=40, temperature=1, response_format=form
+    )
+    assert answer.choices[0].finish_reason == "stop"
+    with pytest.raises(ValueError):
+        json.loads(answer.choices[0].message.content)
+    assert [chunk.choices[0].finish_reason for chunk in written][-1] == "length"
+
+
+def test_a_form_must_be_able_to_end(client):
+    with pytest.raises(openai.BadRequestError, match="must be able to end") as refused:
+        client.chat.completions.create(
+            model="tiny",
+            messages=CHAT,
+            response_format={"type": "json_object"},
+            extra_body={"ignore_eos": True},
+        )
+    assert refused.value.param == "ignore_eos"

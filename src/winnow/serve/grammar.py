@@ -24,12 +24,14 @@ __all__ = ["Grammars"]
 # Of schemas compiled before; a client that sends ever new ones cannot fill the memory.
 _CACHE_BYTES = 64 << 20
 _LONGEST_SCHEMA = 64 << 10
+_DEEPEST_SCHEMA = 100  # compiling takes time that grows with a power of the depth
 
 
 class _Follow:
     """Masks the logits of one sample to what a grammar allows."""
 
-    def __init__(self, grammar: xgrammar.CompiledGrammar, vocab_size: int) -> None:
+    def __init__(self, grammar: xgrammar.CompiledGrammar, vocab_size: int, ends: Sequence[int]) -> None:
+        self._ends = list(ends)
         self._matcher = xgrammar.GrammarMatcher(grammar)
         self._mask = xgrammar.allocate_token_bitmask(1, vocab_size)
         self._seen = 0
@@ -43,8 +45,18 @@ class _Follow:
             return logits_V
         # On the CPU whatever the device: drawing happens there, and the mask is small.
         masked_1V = logits_V.detach().to("cpu", torch.float32, copy=True)[None]
-        xgrammar.apply_token_bitmask_inplace(masked_1V, self._mask)
-        return masked_1V[0]
+        if self._mask.any():
+            xgrammar.apply_token_bitmask_inplace(masked_1V, self._mask)
+            return masked_1V[0]
+        # The form has led into a dead end (a schema can demand what is infinite): the answer ends here.
+        ended_V = torch.full_like(masked_1V[0], -torch.inf)
+        ended_V[self._ends] = 0.0
+        return ended_V
+
+    @property
+    def can_begin(self) -> bool:
+        """Whether any token may come first."""
+        return not self._matcher.fill_next_token_bitmask(self._mask) or bool(self._mask.any())
 
 
 class Grammars:
@@ -72,6 +84,7 @@ class Grammars:
         )
         self._compiler = xgrammar.GrammarCompiler(info, max_threads=1, cache_limit_bytes=_CACHE_BYTES)
         self._vocab_size = vocab_size
+        self._ends = eos_token_ids
         self._lock = threading.Lock()
 
     def json_object(self) -> Callable[[], Steer]:
@@ -92,6 +105,8 @@ class Grammars:
         text = json.dumps(schema)
         if len(text) > _LONGEST_SCHEMA:
             raise ApiError(400, f"the schema is longer than {_LONGEST_SCHEMA} characters", param=param)
+        if _depth(schema) > _DEEPEST_SCHEMA:
+            raise ApiError(400, f"the schema is nested more than {_DEEPEST_SCHEMA} deep", param=param)
         try:
             with self._lock:
                 # Only the whitespace that a compact writer sets: a small model could go on
@@ -102,4 +117,19 @@ class Grammars:
             raise ApiError(
                 400, f"the schema cannot be enforced ({line.strip()}); simplify it", param=param
             ) from error
-        return lambda: _Follow(grammar, self._vocab_size)
+
+        def make() -> _Follow:
+            return _Follow(grammar, self._vocab_size, self._ends)
+
+        if not make().can_begin:
+            raise ApiError(400, "the schema allows no answer; what refers to itself must end", param=param)
+        return make
+
+
+def _depth(schema: Any) -> int:
+    """Objects and lists that lie in one another."""
+    depth, level = 0, [schema]
+    while level := [one for one in level if isinstance(one, (dict, list))]:
+        depth += 1
+        level = [inner for one in level for inner in (one.values() if isinstance(one, dict) else one)]
+    return depth
