@@ -163,7 +163,7 @@ def run(
                         raise
                     report["missing"][name] = str(error)
                     continue
-                found = {"command": serve_servers.shown(start.command, directory)}
+                found: dict[str, Any] = {"command": serve_servers.shown(start.command, directory)}
                 found |= _measured(start.port, str(directory), conversations, report["config"], repeats)
                 found["peak_bytes"] = serve_servers.peak(process)
             report["servers"][name] = found

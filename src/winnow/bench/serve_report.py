@@ -102,7 +102,7 @@ def _deadline(seconds: float | None) -> str:
 
 
 def curve_table(report: dict[str, Any]) -> Table:
-    """Goodput by deadline, one row per server."""
+    """Goodput by deadline, one column per server."""
     servers = with_curves(report)["servers"]
     drawn = Table(
         title="good answers per second, by deadline of the first token",
@@ -111,16 +111,17 @@ def curve_table(report: dict[str, Any]) -> Table:
             "answer counts; in brackets: Winnow's as a multiple, where both are above 0"
         ),
     )
-    drawn.add_column("server")
-    for point in next(iter(servers.values()), {"goodput": []})["goodput"]:
-        drawn.add_column(_deadline(point["first_deadline"]), justify="right")
-    for name, found in servers.items():
-        cells = []
-        for point in found["goodput"]:
-            times = point.get("winnow_times")
-            cells.append(f"{point['per_second']:.3g}" + ("" if times is None else f" ({times:.1f} x)"))
-        drawn.add_row(name, *cells)
+    drawn.add_column("deadline", justify="right")
+    for name in servers:
+        drawn.add_column(name, justify="right")
+    for points in zip(*(found["goodput"] for found in servers.values()), strict=True):
+        drawn.add_row(_deadline(points[0]["first_deadline"]), *map(_rate, points))
     return drawn
+
+
+def _rate(point: dict[str, Any]) -> str:
+    times = point.get("winnow_times")
+    return f"{point['per_second']:.3g}" + ("" if times is None else f" ({times:.1f} x)")
 
 
 def draw(report: dict[str, Any], path: Path) -> None:
