@@ -417,6 +417,48 @@ for line in sys.stdin:
     return str(program)
 
 
+def kvpress_python():
+    """An interpreter that imports kvpress: the one that is named, or this one."""
+    python = os.environ.get("WINNOW_KVPRESS_PYTHON", sys.executable)
+    found = subprocess.run([python, "-c", "import kvpress"], capture_output=True, text=True, check=False)
+    if found.returncode:
+        reason = found.stderr.strip().splitlines()[-1]
+        pytest.skip(f"{python} cannot import kvpress ({reason}); name one in WINNOW_KVPRESS_PYTHON")
+    return python
+
+
+@pytest.mark.slow
+def test_kvpress_holds_the_same_conversations_in_fewer_bytes(llm, tmp_path):
+    pythons = {"kvpress": kvpress_python()}
+    names = ["kvpress:KnormPress@0.0", "kvpress:SnapKVPress@0.5", "kvpress:NoSuchPress@0.5"]
+    config = default(
+        **{**SMALL, "tasks": ["kv"], "examples": 2},
+        recipes=[],
+        peers=names,
+        modes=["multi-turn", "multi-request"],
+    )
+    summary = run(config, tmp_path / "run", llm=llm, pythons=pythons)
+    missing = {system["name"]: system["missing"] for system in summary["systems"]}
+    assert "has no NoSuchPress" in missing.pop("kvpress:NoSuchPress@0.5")
+    assert set(missing.values()) == {None}, "the others took part"
+    rows = {(row["system"], row["mode"]): row for row in summary["rows"]}
+    columns = summary["samples"]["columns"]
+    samples = [dict(zip(columns, row, strict=True)) for row in summary["samples"]["rows"]]
+
+    def of(system, mode, name):
+        questions = [one for one in samples if (one["system"], one["mode"]) == (system, mode) and one["turn"]]
+        return [one[name] for one in questions]
+
+    for mode in config.modes:
+        assert rows["full", mode]["scores"]["all"]["mean"] == 1
+        # A press that drops nothing is the model itself: the same answers from the same bytes.
+        assert of("kvpress:KnormPress@0.0", mode, "answer") == of("full", mode, "answer")
+        whole = of("kvpress:KnormPress@0.0", mode, "bytes_stored")
+        half = of("kvpress:SnapKVPress@0.5", mode, "bytes_stored")
+        assert whole
+        assert all(0.4 < some / every < 0.65 for every, some in zip(whole, half, strict=True))
+
+
 def test_a_missing_peer_is_reported_as_missing(llm, tmp_path):
     config = default(
         **{**SMALL, "tasks": ["kv"], "modes": ["multi-turn"]}, recipes=[], peers=["kvpress:SnapKVPress@0.5"]
