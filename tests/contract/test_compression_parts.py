@@ -52,14 +52,21 @@ def glimpse(seen: Observation) -> Glimpse:
     """The mass that the observed queries give the layer's entries, by the whole matrix."""
     segment, group = seen.segment, seen.queries.shape[1] // seen.segment.heads
     longest = int(segment.lengths.max())
-    mass = torch.zeros(seen.queries.shape[1], longest)
-    for n in range(mass.shape[0]):
+    mass = torch.zeros(segment.heads, longest)
+    for n in range(seen.queries.shape[1]):
         h = n // group
         length = int(segment.lengths[h])
         logits = seen.queries[:, n].float() @ segment.k[h, :length].float().T * seen.spec.scale
         hidden = seen.query_positions[:, None] < segment.positions_of(h)[None]
-        mass[n, :length] = logits.masked_fill(hidden, -torch.inf).softmax(-1).nan_to_num(0.0).sum(0)
-    return Glimpse(layer=0, prompt=True, positions=seen.query_positions, lengths=segment.lengths, mass=mass)
+        mass[h, :length] += logits.masked_fill(hidden, -torch.inf).softmax(-1).nan_to_num(0.0).sum(0)
+    return Glimpse(
+        layer=0,
+        prompt=True,
+        positions=seen.query_positions,
+        lengths=segment.lengths,
+        mass=mass,
+        group=group,
+    )
 
 
 def setting(part: type, lengths: list[int], layers: int = 1) -> Setting:

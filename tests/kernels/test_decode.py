@@ -10,9 +10,9 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tests.kernels.tolerances import LOG_SUM_EXP, OUTPUT
+from tests.kernels.tolerances import LOG_SUM_EXP, MASS, OUTPUT
 from winnow.kernels import backend
-from winnow.kernels.decode import decode
+from winnow.kernels.decode import decode, decode_mass
 from winnow.types import AttentionSpec, Partial, Segment, Selection
 
 ISAS = backend.isas()
@@ -87,7 +87,25 @@ def check(
         torch.testing.assert_close(got.logits, want.logits, rtol=rtol, atol=atol)
     else:
         assert got.logits is None
+    check_mass(q, segment, spec, position, selection)
     return got
+
+
+def check_mass(
+    q: torch.Tensor, segment: Segment, spec: AttentionSpec, position: int, selection: Selection | None
+) -> None:
+    """The native kernel's mass against the reference's, and against the queries that there are."""
+    call = {"spec": spec, "position": position, "selection": selection}
+    got, mass = decode_mass(q, segment, backend="native", **call)
+    plain = decode(q, segment, backend="native", **call)
+    for one, other in ((got.out, plain.out), (got.lse, plain.lse)):
+        torch.testing.assert_close(one, other, rtol=0, atol=0)
+    assert got.pairs == plain.pairs
+    _, want = decode_mass(q, segment, backend="reference", **call)
+    rtol, atol = MASS[q.dtype]
+    torch.testing.assert_close(mass, want, rtol=rtol, atol=atol)
+    seeing = (~torch.isneginf(got.lse[0])).view(segment.heads, -1).sum(1)
+    torch.testing.assert_close(mass.sum(1), seeing.float(), rtol=1e-3, atol=0)
 
 
 def random_selection(lengths: list[int], group: int, *, page: int, per_query: bool, seed: int) -> Selection:

@@ -12,16 +12,24 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tests.kernels.test_prefill import BF16, F32, forced, isa, make, one_thread
+from tests.kernels.many_queries import (
+    BF16,
+    F32,
+    ISAS,
+    halves,
+    isa,
+    make,
+    on_every_isa,
+    one_thread,
+    poisoned,
+    strided,
+)
 from tests.kernels.tolerances import MASS
-from winnow.kernels import backend
 from winnow.kernels.mass import mass, native, reference
 from winnow.kernels.prefill import prefill
 from winnow.types import AttentionSpec, Segment
 
-__all__ = ["isa"]  # a fixture
-
-ISAS = backend.isas()
+__all__ = ["isa", "poisoned"]  # fixtures
 pytestmark = pytest.mark.skipif(not ISAS, reason="the extension was not built")
 
 
@@ -34,27 +42,22 @@ def compare(
     """
     attention = AttentionSpec(**{"scale": q.shape[-1] ** -0.5, **spec})
     exact = replace(segment, k=segment.k.float(), v=segment.v.float())
-    before = [x.clone() for x in (q, segment.k, positions)]
     with one_thread():
         if lse is None:
             lse = prefill(
                 q.float(), exact, spec=attention, query_positions=positions, backend="reference"
             ).lse
         want = reference.mass(q.float(), exact, attention, positions, lse)
-    results = []
-    for name in ISAS:
-        with forced(name):
-            got = mass(q, segment, spec=attention, query_positions=positions, lse=lse, backend="native")
-        for old, new in zip(before, (q, segment.k, positions), strict=True):
-            torch.testing.assert_close(new, old, rtol=0, atol=0, equal_nan=True)
-        rtol, atol = MASS[q.dtype]
-        torch.testing.assert_close(got, want, rtol=rtol, atol=atol, msg=partial(_say, name))
-        results.append(got)
-    return results[0]
-
-
-def _say(isa: str, message: str) -> str:
-    return f"on {isa}: {message}"
+    results = on_every_isa(
+        lambda: mass(q, segment, spec=attention, query_positions=positions, lse=lse, backend="native"),
+        q,
+        segment.k,
+        positions,
+    )
+    rtol, atol = MASS[q.dtype]
+    for name, got in results:
+        torch.testing.assert_close(got, want, rtol=rtol, atol=atol, msg=partial("on {}: {}".format, name))
+    return results[0][1]
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16])
@@ -140,24 +143,15 @@ def test_no_queries_and_no_entries(isa: str) -> None:
 
 def test_strided_operands() -> None:
     q, segment, positions = make(50, [140, 77], dtype=BF16)
-    wide = torch.full((50, 3, q.shape[1], 32), torch.nan, dtype=BF16)
-    wide[:, 1] = q
-    strided = replace(segment, k=segment.k.transpose(0, 1).contiguous().transpose(0, 1))
     spec = AttentionSpec(scale=32**-0.5)
     lse = prefill(q, segment, spec=spec, query_positions=positions).lse
     want = compare(q, segment, positions, lse=lse)
-    got = compare(wide[:, 1], strided, positions, lse=lse.T.contiguous().T)
+    got = compare(*strided(q, segment), positions, lse=lse.T.contiguous().T)
     torch.testing.assert_close(got, want, rtol=0, atol=0)
 
 
-def test_poisoned_outputs_are_overwritten(isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    empty = torch.empty
-
-    def poisoned(*args: Any, **kwargs: Any) -> Tensor:
-        return empty(*args, **kwargs).fill_(torch.nan)
-
+def test_poisoned_outputs_are_overwritten(isa: str, poisoned: None) -> None:
     q, segment, positions = make(70, [60, 0, 33], dtype=BF16, start=40)
-    monkeypatch.setattr(torch, "empty", poisoned)
     got = native.mass(q, segment, AttentionSpec(scale=0.2), positions - 20, torch.ones(70, 6))
     assert not got.isnan().any()
     assert not got[2:4].any()
@@ -193,16 +187,7 @@ def test_two_segments_make_one(
     spec = AttentionSpec(scale=0.2, window=window)
     lse = prefill(q, whole, spec=spec, query_positions=positions).lse
     one = compare(q, whole, positions, lse=lse, scale=0.2, window=window)
-    parts = []
-    for a, b in ((0, cut), (cut, S)):
-        part = Segment(
-            k=whole.k[:, a:],
-            v=whole.v[:, a:],
-            lengths=torch.tensor([b - a], dtype=torch.int32),
-            start=a,
-            positions=None if whole.positions is None else whole.positions[:, a:],
-        )
-        parts.append(native.mass(q, part, spec, positions, lse))
+    parts = [native.mass(q, part, spec, positions, lse) for part in halves(whole, cut)]
     rtol, atol = MASS[dtype]
     torch.testing.assert_close(torch.cat(parts, 1), one, rtol=rtol, atol=atol)
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -14,83 +12,26 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from tests.kernels.many_queries import (
+    BF16,
+    F32,
+    ISAS,
+    halves,
+    isa,
+    make,
+    on_every_isa,
+    one_thread,
+    poisoned,
+    strided,
+)
 from tests.kernels.tolerances import LOG_SUM_EXP, OUTPUT
-from winnow.kernels import backend, merge
+from winnow.kernels import merge
 from winnow.kernels.prefill import native, prefill, reference
 from winnow.types import AttentionSpec, Blocks, Dense, Form, Partial, Segment, Stripes, Window
 
-ISAS = backend.isas()
-F32, BF16 = torch.float32, torch.bfloat16
 DENSE = Dense()
 pytestmark = pytest.mark.skipif(not ISAS, reason="the extension was not built")
-
-
-@contextmanager
-def forced(isa: str) -> Iterator[None]:
-    before = backend.extension().current_isa()
-    backend.force_isa(isa)
-    try:
-        yield
-    finally:
-        backend.force_isa(before)
-
-
-@pytest.fixture(params=ISAS or ["none"])
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    """For tests that call the kernel themselves; :func:`compare` goes through every set on its own."""
-    with forced(request.param):
-        yield request.param
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """The reference's products are too small to share; the native kernel then gets its threads back."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-def make(
-    T: int,
-    lengths: list[int],
-    *,
-    G: int = 2,
-    D: int = 32,
-    dtype: torch.dtype = F32,
-    start: int = 0,
-    gaps: bool = False,
-    bias: bool = False,
-    ahead: int = 0,
-    seed: int = 0,
-) -> tuple[Tensor, Segment, Tensor]:
-    """Queries at the last ``T`` positions (``ahead`` further on), and a segment with poisoned reserve."""
-    g = torch.Generator().manual_seed(seed)
-    H, C = len(lengths), max(lengths) + 5
-    q = torch.randn(T, H * G, D, generator=g).to(dtype)
-    k, v = (torch.randn(H, C, D, generator=g).to(dtype) for _ in range(2))
-    positions, last = None, start + max(lengths) - 1
-    if gaps:
-        steps = torch.randint(1, 4, (H, C), generator=g)
-        positions = (steps.cumsum(1) - 1 + start).to(torch.int32)
-        last = int(max([positions[h, n - 1] for h, n in enumerate(lengths) if n], default=start))
-    values = torch.randn(H, C, generator=g) if bias else None
-    for h, n in enumerate(lengths):
-        k[h, n:], v[h, n:] = torch.nan, torch.nan
-        if values is not None:
-            values[h, n:] = torch.nan
-    first = max(0, last + 1 - T) + ahead
-    segment = Segment(
-        k=k,
-        v=v,
-        lengths=torch.tensor(lengths, dtype=torch.int32),
-        start=start,
-        positions=positions,
-        bias=values,
-    )
-    return q, segment, torch.arange(first, first + T, dtype=torch.int32)
+__all__ = ["isa", "poisoned"]  # fixtures
 
 
 def random_lists(heads: int, lists: int, limit: int, density: float, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -134,38 +75,33 @@ def compare(
     exact = replace(segment, k=segment.k.float(), v=segment.v.float())
     with one_thread():
         want = reference.prefill(q.float(), exact, attention, positions, form, row_max)
-    before = [x.clone() for x in (q, segment.k, segment.v, positions)]
-    results = []
-    for name in ISAS:
-        with forced(name):
-            got = prefill(
-                q,
-                segment,
-                spec=attention,
-                query_positions=positions,
-                form=form,
-                want_row_max=row_max,
-                backend="native",
-            )
-        for old, new in zip(before, (q, segment.k, segment.v, positions), strict=True):
-            torch.testing.assert_close(new, old, rtol=0, atol=0, equal_nan=True)
+    results = on_every_isa(
+        lambda: prefill(
+            q,
+            segment,
+            spec=attention,
+            query_positions=positions,
+            form=form,
+            want_row_max=row_max,
+            backend="native",
+        ),
+        q,
+        segment.k,
+        segment.v,
+        positions,
+    )
+    for name, got in results:
         assert got.pairs == want.pairs, name
         assert got.out.dtype == q.dtype
         assert (got.row_max is not None) == row_max
+        say = partial("on {}: {}".format, name)
         rtol, atol = OUTPUT[q.dtype]
-        torch.testing.assert_close(got.out.float(), want.out, rtol=rtol, atol=atol, msg=partial(_say, name))
+        torch.testing.assert_close(got.out.float(), want.out, rtol=rtol, atol=atol, msg=say)
         rtol, atol = LOG_SUM_EXP[q.dtype]
-        torch.testing.assert_close(got.lse, want.lse, rtol=rtol, atol=atol, msg=partial(_say, name))
+        torch.testing.assert_close(got.lse, want.lse, rtol=rtol, atol=atol, msg=say)
         if got.row_max is not None:
-            torch.testing.assert_close(
-                got.row_max, want.row_max, rtol=rtol, atol=atol, msg=partial(_say, name)
-            )
-        results.append(got)
-    return results[0]
-
-
-def _say(isa: str, message: str) -> str:
-    return f"on {isa}: {message}"
+            torch.testing.assert_close(got.row_max, want.row_max, rtol=rtol, atol=atol, msg=say)
+    return results[0][1]
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16])
@@ -274,11 +210,7 @@ def test_no_queries(isa: str) -> None:
 
 def test_strided_operands() -> None:
     q, segment, positions = make(50, [140, 77], dtype=BF16)
-    wide = torch.full((50, 3, q.shape[1], 32), torch.nan, dtype=BF16)
-    wide[:, 1] = q
-    k_CHD = segment.k.transpose(0, 1).contiguous()
-    strided = replace(segment, k=k_CHD.transpose(0, 1))
-    got = compare(wide[:, 1], strided, positions)
+    got = compare(*strided(q, segment), positions)
     torch.testing.assert_close(got.out, compare(q, segment, positions).out, rtol=0, atol=0)
 
 
@@ -302,14 +234,8 @@ def test_nan_entries_stay_visible(isa: str) -> None:
     assert not got.out[positions < 30].isnan().any()
 
 
-def test_poisoned_outputs_are_overwritten(isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    empty = torch.empty
-
-    def poisoned(*args: Any, **kwargs: Any) -> Tensor:
-        return empty(*args, **kwargs).fill_(torch.nan)
-
+def test_poisoned_outputs_are_overwritten(isa: str, poisoned: None) -> None:
     q, segment, positions = make(70, [60, 0], dtype=BF16, start=40)
-    monkeypatch.setattr(torch, "empty", poisoned)
     got = native.prefill(q, segment, AttentionSpec(scale=0.2), positions - 20, Dense(), True)
     assert got.row_max is not None
     for x in (got.out, got.lse, got.row_max):
@@ -333,16 +259,7 @@ def test_two_segments_merge_to_one(
     q, whole, positions = make(T, [S], G=G, dtype=dtype, gaps=gaps)
     spec = AttentionSpec(scale=0.2, window=window)
     one = native.prefill(q, whole, spec, positions, Dense(), False)
-    parts = []
-    for a, b in ((0, cut), (cut, S)):
-        part = Segment(
-            k=whole.k[:, a:],
-            v=whole.v[:, a:],
-            lengths=torch.tensor([b - a], dtype=torch.int32),
-            start=a,
-            positions=None if whole.positions is None else whole.positions[:, a:],
-        )
-        parts.append(native.prefill(q, part, spec, positions, Dense(), False))
+    parts = [native.prefill(q, part, spec, positions, Dense(), False) for part in halves(whole, cut)]
     merged = merge.merge(parts)
     assert merged.pairs == one.pairs
     rtol, atol = OUTPUT[dtype]

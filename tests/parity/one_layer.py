@@ -10,7 +10,7 @@ from torch import Tensor
 from winnow.engine.compress import Compression
 from winnow.engine.glimpse import decode_glimpse, prefill_glimpse
 from winnow.engine.request import Stats
-from winnow.kernels.decode import decode
+from winnow.kernels.decode import decode, decode_mass, group_mass
 from winnow.kernels.merge import merge
 from winnow.kernels.prefill import prefill
 from winnow.store.codecs import EncodedSegment
@@ -104,11 +104,18 @@ def drive(recipe, q: Tensor, k: Tensor, v: Tensor, *, prompt: int, chunk: int | 
         else:
             want = compression.wants_mass(prompt=False)
             compression.queries.step(0, q[at:end], positions)
-            parts = [attended(q[at], segment, spec, at, want) for segment in segments]
-            partial = merge([part for of_one in parts for part in of_one])
+            if want and len(segments) == 1 and not isinstance(segments[0], EncodedSegment):
+                partial, mass = decode_mass(q[at], segments[0], spec=spec, position=at)
+                masses = [mass]
+            else:
+                parts = [attended(q[at], segment, spec, at, want) for segment in segments]
+                partial = merge([part for of_one in parts for part in of_one])
+                if want:
+                    logits = [torch.cat([part.logits for part in of_one], -1) for of_one in parts]
+                    masses = [group_mass(one, partial.lse[0], k.shape[1]) for one in logits]
             if want:
-                logits = [torch.cat([part.logits for part in of_one], -1) for of_one in parts]
-                compression.watch(decode_glimpse(0, at, segments, logits, partial))
+                group = q.shape[1] // k.shape[1]
+                compression.watch(decode_glimpse(0, positions, segments, masses, group))
         store.advance(end - at)
         if end == prompt:
             compression.acted = store.length

@@ -76,6 +76,7 @@ def test_a_period_is_the_longest_pause():
                 positions=torch.tensor([t], dtype=torch.int32),
                 lengths=torch.tensor([t + 1], dtype=torch.int32),
                 mass=mass,
+                group=1,
             ),
             state,
         )

@@ -19,7 +19,7 @@ from winnow.engine.request import Stats
 from winnow.engine.sequence import Sequence
 from winnow.generation.protocol import PrefillLayer
 from winnow.kernels.backend import Backend
-from winnow.kernels.decode import decode
+from winnow.kernels.decode import decode, decode_mass, group_mass
 from winnow.kernels.merge import add_sinks, merge
 from winnow.kernels.prefill import prefill
 from winnow.loading.protocol import DecodeLayer
@@ -171,24 +171,65 @@ class StepAttention:
             if view.scanned:
                 _add(part.stats.bytes_read, "host/index", view.scanned)
         selections = view.selections or (None,) * len(segments)
-        want_logits = view.want_logits or watching
+        partial, logits, masses = self._over(
+            part.stats, segments, selections, q_HD, spec, position, view.want_logits, watching
+        )
+        if loading is not None and view.want_logits:
+            loading.observe(ctx, logits, sequence.loading_state)
+        if compression is not None and watching:
+            group = q_HD.shape[0] // segments[0].heads
+            compression.watch(decode_glimpse(slot, positions_T, segments, masses, group))
+        return partial
+
+    def _over(
+        self,
+        stats: Stats,
+        segments: tuple[Segment | EncodedSegment, ...],
+        selections: tuple[Selection | None, ...],
+        q_HD: Tensor,
+        spec: AttentionSpec,
+        position: int,
+        want_logits: bool,
+        want_mass: bool,
+    ) -> tuple[Partial, list[Tensor], list[Tensor]]:
+        """Attention over all segments, sinks included; where wanted the logits and the mass of each."""
+        one = segments[0]
+        if (
+            want_mass
+            and not want_logits
+            and len(segments) == 1
+            and spec.sinks is None
+            and isinstance(one, Segment)
+        ):
+            # This kernel's sum is all that probabilities are divided by.
+            partial, mass_HS = decode_mass(
+                q_HD,
+                one,
+                spec=spec,
+                position=position,
+                selection=selections[0],
+                backend=self._backend,
+            )
+            self._count(stats, one, _lists(one, selections[0]), partial)
+            return partial, [], [mass_HS]
         partials: list[Partial] = []
         logits: list[Tensor] = []
         for segment, selection in zip(segments, selections, strict=True):
-            seen = []
-            for partial, lists in self._attended(segment, selection, q_HD, spec, position, want_logits):
-                self._count(part.stats, segment, lists, partial)
+            lists, seen = _lists(segment, selection), []
+            for partial in self._attended(segment, selection, q_HD, spec, position, want_logits or want_mass):
+                self._count(stats, segment, lists, partial)
                 partials.append(partial)
-                seen.append(partial.logits)
-            if want_logits:
-                known = [x for x in seen if x is not None]
-                logits.append(known[0] if len(known) == 1 else torch.cat(known, -1))
-        if loading is not None and view.want_logits:
-            loading.observe(ctx, logits, sequence.loading_state)
+                if partial.logits is not None:
+                    seen.append(partial.logits)
+            if seen:
+                logits.append(seen[0] if len(seen) == 1 else torch.cat(seen, -1))
         partial = _with_sinks(merge(partials), spec)
-        if compression is not None and watching:
-            compression.watch(decode_glimpse(slot, position, segments, logits, partial))
-        return partial
+        if not want_mass:
+            return partial, logits, []
+        # The mass takes the logits' memory, unless somebody else reads them.
+        own = [x.clone() for x in logits] if want_logits else logits
+        masses = [group_mass(x, partial.lse[0], s.heads) for x, s in zip(own, segments, strict=True)]
+        return partial, logits, masses
 
     def _attended(
         self,
@@ -198,9 +239,8 @@ class StepAttention:
         spec: AttentionSpec,
         position: int,
         want_logits: bool,
-    ) -> Iterator[tuple[Partial, int]]:
-        """Attention over one stored segment, and how many lists of entries each result read."""
-        lists = segment.heads if selection is None else selection.indices.shape[0]
+    ) -> Iterator[Partial]:
+        """Attention over one stored segment, by its codec or piece by piece."""
         if isinstance(segment, EncodedSegment):
             direct = segment.attend(
                 q_HD,
@@ -211,10 +251,10 @@ class StepAttention:
                 backend=self._backend,
             )
             if direct is not None:
-                yield direct, lists
+                yield direct
                 return
         for piece, chosen in _pieces(segment, selection):
-            partial = decode(
+            yield decode(
                 q_HD,
                 piece,
                 spec=spec,
@@ -223,7 +263,6 @@ class StepAttention:
                 want_logits=want_logits,
                 backend=self._backend,
             )
-            yield partial, lists
 
     @staticmethod
     def _count(stats: Stats, stored: Segment | EncodedSegment, lists: int, partial: Partial) -> None:
@@ -236,6 +275,11 @@ class StepAttention:
 
 def _with_sinks(partial: Partial, spec: AttentionSpec) -> Partial:
     return partial if spec.sinks is None else add_sinks(partial, spec.sinks)
+
+
+def _lists(segment: Segment | EncodedSegment, selection: Selection | None) -> int:
+    """How many lists of entries a step reads of a segment."""
+    return segment.heads if selection is None else selection.indices.shape[0]
 
 
 def _pieces(

@@ -43,26 +43,25 @@ def prefill_glimpse(
     if partial is None:
         partial = dense(q_THD, segments, spec=spec, query_positions=positions_T, backend=backend)
         pairs = partial.pairs
-    parts = [
-        mass(q_THD, segment, spec=spec, query_positions=positions_T, lse=partial.lse, backend=backend)
-        for segment in segments
-    ]
-    return _glimpse(layer, True, positions_T, segments, parts), pairs + partial.pairs
+    lse_TH, parts = partial.lse, []
+    for segment in segments:
+        of_query_NS = mass(
+            q_THD, segment, spec=spec, query_positions=positions_T, lse=lse_TH, backend=backend
+        )
+        parts.append(of_query_NS.view(segment.heads, -1, of_query_NS.shape[1]).sum(1))
+    group = q_THD.shape[1] // parts[0].shape[0]
+    return _glimpse(layer, True, positions_T, segments, parts, group), pairs + partial.pairs
 
 
 def decode_glimpse(
     layer: int,
-    position: int,
+    position_1: Tensor,
     segments: Sequence[Segment | EncodedSegment],
-    logits: Sequence[Tensor],
-    partial: Partial,
+    masses: list[Tensor],
+    group: int,
 ) -> Glimpse:
-    """The mass of one decode step; ``logits`` are ``[H * G, S]`` per segment, ``-inf`` where not read.
-
-    The logits become the mass in place: they are megabytes per layer, and nobody reads them afterwards.
-    """
-    parts = [one.sub_(partial.lse[0, :, None]).exp_() for one in logits]
-    return _glimpse(layer, False, torch.tensor([position], dtype=torch.int32), segments, parts)
+    """The mass of one decode step; ``masses`` are ``[H, S]`` per segment, as ``decode_mass`` gives them."""
+    return _glimpse(layer, False, position_1, segments, masses, group)
 
 
 def _glimpse(
@@ -71,31 +70,30 @@ def _glimpse(
     positions_T: Tensor,
     segments: Sequence[Segment | EncodedSegment],
     parts: list[Tensor],
+    group: int,
 ) -> Glimpse:
-    lengths_sH = torch.stack([segment.lengths for segment in segments]).cpu()
+    if len(segments) == 1:
+        lengths = segments[0].lengths.cpu()
+        mass_HS = parts[0][:, : int(lengths.max())]
+    else:
+        lengths_sH = torch.stack([segment.lengths for segment in segments]).cpu()
+        lengths, mass_HS = lengths_sH.sum(0, dtype=torch.int32), _ascending(segments, parts, lengths_sH)
     return Glimpse(
-        layer=layer,
-        prompt=prompt,
-        positions=positions_T,
-        lengths=lengths_sH.sum(0, dtype=torch.int32),
-        mass=_ascending(segments, parts, lengths_sH),
+        layer=layer, prompt=prompt, positions=positions_T, lengths=lengths, mass=mass_HS, group=group
     )
 
 
 def _ascending(
     segments: Sequence[Segment | EncodedSegment], parts: list[Tensor], lengths_sH: Tensor
 ) -> Tensor:
-    """Columns of all segments as one table of every head's entries in ascending position."""
-    if len(parts) == 1:
-        return parts[0][:, : int(lengths_sH.max())]
-    heads, group = lengths_sH.shape[1], parts[0].shape[0] // lengths_sH.shape[1]
-    table = torch.zeros(parts[0].shape[0], int(lengths_sH.sum(0).max()), device=parts[0].device)
-    for h in range(heads):
+    """``[H, S]`` of all segments as one table of every head's entries in ascending position."""
+    totals_H = lengths_sH.sum(0)
+    table_HS = torch.zeros(len(totals_H), int(totals_H.max()), device=parts[0].device)
+    for h, total in enumerate(totals_H.tolist()):
         counts = lengths_sH[:, h].tolist()
-        rows = slice(h * group, (h + 1) * group)
-        held = torch.cat([part[rows, :n] for part, n in zip(parts, counts, strict=True)], 1)
+        held = torch.cat([part[h, :n] for part, n in zip(parts, counts, strict=True)])
         at = torch.cat([segment.positions_of(h) for segment in segments])
         if bool((at.diff() < 0).any()):
-            held = held[:, at.argsort().to(held.device)]
-        table[rows, : held.shape[1]] = held
-    return table
+            held = held[at.argsort().to(held.device)]
+        table_HS[h, :total] = held
+    return table_HS

@@ -111,9 +111,11 @@ class Glimpse:
     lengths : Tensor
         ``[H]`` int32 entries of the layer, those of this call included.
     mass : Tensor
-        ``[H * G, S]`` float32: attention probability that the ``T`` queries gave each entry, summed
-        over the queries. Entries in the order of the store; 0 behind the end of a shorter head and
-        where a decode step did not read.
+        ``[H, S]`` float32: attention probability that the ``T`` queries gave each entry, summed over
+        the queries and over the ``G`` query heads of the KV head. Entries in the order of the store; 0
+        behind the end of a shorter head and where a decode step did not read.
+    group : int
+        ``G``.
     """
 
     layer: int
@@ -121,6 +123,7 @@ class Glimpse:
     positions: Tensor
     lengths: Tensor
     mass: Tensor
+    group: int
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -56,9 +56,8 @@ class Accumulated(Plain):
 
     def watch(self, seen: Glimpse, state: Tracks) -> None:
         """Add what a call showed."""
-        heads = seen.lengths.numel()
         sums_HS = state.of(seen.layer, seen.lengths)
-        sums_HS += seen.mass.view(heads, -1, seen.mass.shape[1]).sum(1).cpu()
+        sums_HS += seen.mass.cpu()
 
     def follow(self, layer: int, keep: Sequence[Tensor], state: Tracks) -> None:
         """The sums follow their entries."""

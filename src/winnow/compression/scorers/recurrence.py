@@ -11,6 +11,7 @@ from torch import Tensor
 from winnow._check import integer
 from winnow.compression.protocol import Plain
 from winnow.compression.tracks import Tracks
+from winnow.kernels.recurrence import recur
 from winnow.types import Glimpse, Needs, Observation, Scores
 
 __all__ = ["Recurrence"]
@@ -70,15 +71,11 @@ class Recurrence(Plain):
 
     def watch(self, seen: Glimpse, state: RecurrenceState) -> None:
         """Note which entries were active in a decode step."""
-        t, heads = int(seen.positions[-1]), seen.lengths.numel()
-        total_HS = seen.mass.view(heads, -1, seen.mass.shape[1]).sum(1).cpu()
-        group = seen.mass.shape[0] // heads
+        t = int(seen.positions[-1])
         # Nobody looked at new entries yet: they are the prompt's, or the one that this step appended.
         active_HS = state.active.of(seen.layer, seen.lengths, new=t - 1)
         pause_HS = state.pause.of(seen.layer, seen.lengths)
-        now_HS = total_HS >= self.alpha * group
-        torch.maximum(pause_HS, (t - active_HS).mul_(now_HS), out=pause_HS)
-        active_HS.masked_fill_(now_HS, t)
+        recur(seen.mass.cpu(), active_HS, pause_HS, step=t, least=self.alpha * seen.group)
 
     def follow(self, layer: int, keep: Sequence[Tensor], state: RecurrenceState) -> None:
         """Both numbers follow their entries."""

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from torch import Tensor
 
 from winnow.kernels.backend import Backend, choose
 from winnow.types import AttentionSpec, Partial, Segment, Selection
 
 from . import native, reference
+from .reference import group_mass
 
-__all__ = ["decode"]
+__all__ = ["decode", "decode_mass", "group_mass"]
 
 
 def decode(
@@ -54,3 +57,42 @@ def decode(
 
         return triton.decode(q_HD, segment, spec, position, selection, want_logits)
     return reference.decode(q_HD, segment, spec, position, selection, want_logits)
+
+
+def decode_mass(
+    q_HD: Tensor,
+    segment: Segment,
+    *,
+    spec: AttentionSpec,
+    position: int,
+    selection: Selection | None = None,
+    backend: Backend = "auto",
+) -> tuple[Partial, Tensor]:
+    """As :func:`decode`, and how much attention the queries of each KV head gave every entry.
+
+    Parameters
+    ----------
+    q_HD, segment, spec, position, selection, backend
+        As in :func:`decode`.
+
+    Returns
+    -------
+    Partial
+    Tensor
+        ``[H, S]`` float32, ``S`` the longest head: ``sum over the group of exp(logit - lse)`` with the
+        log-sum-exp over this segment, sinks left out; 0 where an entry was not read.
+    """
+    chosen = choose("decode", backend, q_HD.device, unsupported=native.unsupported(q_HD, segment, spec))
+    if chosen == "native":
+        return native.decode_mass(q_HD, segment, spec, position, selection)
+    partial = decode(
+        q_HD,
+        segment,
+        spec=spec,
+        position=position,
+        selection=selection,
+        want_logits=True,
+        backend=chosen,
+    )
+    assert partial.logits is not None
+    return replace(partial, logits=None), group_mass(partial.logits, partial.lse[0], segment.heads)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from winnow.types import AttentionSpec, Partial, Segment, Selection
 
-__all__ = ["decode", "selected"]
+__all__ = ["decode", "group_mass", "selected"]
 
 
 def selected(selection: Selection, row: int, length: int) -> Tensor:
@@ -60,3 +60,27 @@ def decode(
         out_HD[n] = (torch.softmax(logits, 0) @ segment.v[h, index].float()).to(q_HD.dtype)
         pairs += index.numel()
     return Partial(out=out_HD[None], lse=lse_H[None], pairs=pairs, logits=all_logits if want_logits else None)
+
+
+def group_mass(logits_NS: Tensor, lse_N: Tensor, heads: int) -> Tensor:
+    """Attention probability that the query heads of each KV head together give every entry.
+
+    Parameters
+    ----------
+    logits_NS : Tensor
+        ``[H * G, S]`` float32, ``-inf`` where not read. It becomes the probabilities, in place: it is
+        megabytes, and nobody reads it afterwards.
+    lse_N : Tensor
+        ``[H * G]`` float32 log-sum-exp over all entries; ``-inf`` for a query that saw none.
+    heads : int
+        ``H``.
+
+    Returns
+    -------
+    Tensor
+        ``[H, S]`` float32.
+    """
+    # -inf less -inf is no number.
+    shift_N = lse_N.masked_fill(lse_N == -torch.inf, 0.0)
+    p_NS = logits_NS.sub_(shift_N[:, None]).exp_()
+    return p_NS.view(heads, p_NS.shape[0] // heads, p_NS.shape[1]).sum(1)
