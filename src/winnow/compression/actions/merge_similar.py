@@ -7,15 +7,13 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from winnow.compression.actions.drop import kept
 from winnow.compression.protocol import Plain
+from winnow.kernels.nearest import nearest
 from winnow.types import Budget, Observation, Plan, Rewrite, Scores
 
 __all__ = ["MergeSimilar"]
-
-_TILE = 1 << 23  # similarities that are held at a time
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,12 +102,6 @@ def _nearest(k_SD: Tensor, keep: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     stays = torch.zeros(k_SD.shape[0], dtype=torch.bool)
     stays[keep] = True
     gone = (~stays).nonzero().flatten()
-    unit_SD = functional.normalize(k_SD.float(), dim=-1)
-    host_DC = unit_SD[keep].T
-    cosines, targets = [], []
-    for part in torch.split(gone, max(1, _TILE // max(1, keep.numel()))):
-        best = (unit_SD[part] @ host_DC).max(1)
-        cosines.append(best.values)
-        targets.append(best.indices)
-    empty = torch.empty(0)
-    return gone, torch.cat([empty, *cosines]), torch.cat([empty.long(), *targets])
+    if gone.numel() == 0:
+        return gone, torch.empty(0), gone
+    return gone, *nearest(k_SD, gone, keep)
