@@ -101,7 +101,7 @@ def test_only_what_follows_the_last_attention_learns(tmp_path):
 
 def test_another_schedule_is_refused(tmp_path):
     Run(tmp_path, TINY).save()
-    with pytest.raises(ValueError, match="another schedule"):
+    with pytest.raises(ValueError, match="another training"):
         Run(tmp_path, SCHEDULE)
 
 

@@ -10,9 +10,6 @@ not.  No document of `documents.HELD_OUT` is ever made here.
 from __future__ import annotations
 
 import json
-import math
-import os
-import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from random import Random
@@ -23,6 +20,7 @@ from torch import Tensor
 
 from winnow.models.embedded import documents, init
 from winnow.models.embedded import language as lang
+from winnow.models.training import Loss, Training, has_checkpoint
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM
@@ -203,8 +201,8 @@ def batch(schedule: Schedule, step: int) -> Batch:
     return Batch(tokens, gaps.cumsum(1) - 1, weights)
 
 
-class Run:
-    """A training run in a directory: its state, its log and its checkpoint.
+class Run(Training):
+    """A training run in a directory: see :class:`winnow.models.training.Training`.
 
     Parameters
     ----------
@@ -224,63 +222,40 @@ class Run:
     def __init__(self, directory: Path, schedule: Schedule = SCHEDULE, device: str = "cpu") -> None:
         from transformers import LlamaForCausalLM
 
-        self.directory, self.schedule, self.device = directory, schedule, torch.device(device)
+        self.schedule, self.device = schedule, torch.device(device)
         self.model: LlamaForCausalLM = LlamaForCausalLM(init.config())
-        resumed = self.checkpoint.exists()
-        if not resumed:
+        if not has_checkpoint(directory):
             init.construct(self.model, schedule.seed)
         self.model.to(self.device).train()
         # What stands before the last attention is written to a hundredth of a logit, which any noise
         # spoils (see docs/embedded-model.md): only what follows it learns.
         self.model.requires_grad_(False)
-        self.learning = [
+        learning = [
             *self.model.model.layers[-1].post_attention_layernorm.parameters(),
             *self.model.model.layers[-1].mlp.parameters(),
             *self.model.model.norm.parameters(),
             *self.model.lm_head.parameters(),
         ]
-        for parameter in self.learning:
+        for parameter in learning:
             parameter.requires_grad_(True)
-        self.optimizer = torch.optim.AdamW(
-            self.learning, lr=schedule.rate, betas=schedule.betas, weight_decay=0.0
+        super().__init__(
+            directory,
+            self.model,
+            learning,
+            form=json.dumps(asdict(schedule)),
+            steps=schedule.steps,
+            betas=schedule.betas,
+            clip=schedule.clip,
         )
-        self.step = 0
-        directory.mkdir(parents=True, exist_ok=True)
-        if resumed:
-            state = torch.load(self.checkpoint, map_location=self.device, weights_only=True)
-            if state["schedule"] != json.dumps(asdict(schedule)):
-                raise ValueError(f"{directory} holds a run of another schedule; choose another directory")
-            self.model.load_state_dict(state["model"])
-            self.optimizer.load_state_dict(state["optimizer"])
-            self.step = state["step"]
 
-    @property
-    def checkpoint(self) -> Path:
-        """Where the state is saved."""
-        return self.directory / "checkpoint.pt"
+    def rate(self, step: int) -> float:
+        """See :meth:`Training.rate`."""
+        return self.schedule.rate * self.schedule.factor(step)
 
-    def save(self) -> None:
-        """Write the checkpoint, whole or not at all."""
-        state = {
-            "schedule": json.dumps(asdict(self.schedule)),
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "step": self.step,
-        }
-        partial = self.checkpoint.with_suffix(".partial")
-        with partial.open("wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(self.checkpoint)
-
-    def advance(self) -> dict[str, float]:
-        """One step; returns what is logged about it."""
-        begun = time.perf_counter()
-        made = batch(self.schedule, self.step)
+    def loss(self, step: int) -> Loss:
+        """See :meth:`Training.loss`."""
+        made = batch(self.schedule, step)
         ids, positions, weights = (t.to(self.device) for t in (made.ids, made.positions, made.weights))
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.schedule.rate * self.schedule.factor(self.step)
         with torch.autocast(self.device.type, dtype=torch.bfloat16):
             # An explicit mask: without one, skipped positions would be taken for packed sequences.
             states = self.model.model(
@@ -292,47 +267,18 @@ class Run:
         losses = torch.nn.functional.cross_entropy(logits.float(), targets, reduction="none")
         shares = weights[counted]
         loss = (losses * shares).sum() / shares.sum()
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
-        norm = torch.nn.utils.clip_grad_norm_(self.learning, self.schedule.clip)
-        if not math.isfinite(float(norm)):
-            raise ValueError(f"step {self.step} has no finite gradient; lower the rate")
-        self.optimizer.step()
-        self.step += 1
         replied = shares == 1.0
         right = (logits.argmax(1) == targets)[replied]
-        return {
-            "step": self.step,
-            "loss": float(loss.detach()),
-            "reply_loss": float(losses[replied].mean().detach()),
-            "reply_accuracy": float(right.float().mean()),
-            "document_loss": float(losses[shares < self.schedule.ending_weight].mean().detach()),
-            "gradient_norm": float(norm),
-            "rate": float(self.optimizer.param_groups[0]["lr"]),
-            "tokens_per_second": ids.numel() / (time.perf_counter() - begun),
-        }
-
-    def train(self, *, until: int | None = None, save_every: float = 120.0) -> None:
-        """Advance to the end of the schedule, or to step ``until``, logging and saving."""
-        last = self.schedule.steps if until is None else min(until, self.schedule.steps)
-        saved = time.perf_counter()
-        with (self.directory / "log.jsonl").open("a") as log:
-            while self.step < last:
-                record = self.advance()
-                log.write(json.dumps(record) + "\n")
-                log.flush()
-                if self.step % 10 == 0 or self.step == last:
-                    print(
-                        f"step {self.step}/{last}  reply loss {record['reply_loss']:.4f}"
-                        f"  accuracy {record['reply_accuracy']:.4f}"
-                        f"  document loss {record['document_loss']:.3f}"
-                        f"  {record['tokens_per_second']:.0f} tokens/s",
-                        flush=True,
-                    )
-                if time.perf_counter() - saved > save_every:
-                    self.save()
-                    saved = time.perf_counter()
-        self.save()
+        return Loss(
+            value=loss,
+            tokens=ids.numel(),
+            log={
+                "loss": float(loss.detach()),
+                "reply_loss": float(losses[replied].mean().detach()),
+                "reply_accuracy": float(right.float().mean()),
+                "document_loss": float(losses[shares < self.schedule.ending_weight].mean().detach()),
+            },
+        )
 
     def export(self, directory: Path) -> None:
         """Write the model in bfloat16 and its tokenizer, as ``from_pretrained`` reads them."""

@@ -12,7 +12,7 @@ import torch
 from winnow.models.fused import FusedModel
 from winnow.models.load import load_model
 from winnow.models.swiftkv import data
-from winnow.models.swiftkv.adapter import start
+from winnow.models.swiftkv.adapter import FILE, start
 from winnow.models.swiftkv.distill import Batches, Distillation, Plan
 from winnow.profiles import save_profile
 
@@ -32,8 +32,10 @@ def main(arguments: list[str] | None = None) -> int:
     distil.add_argument("--rate", type=float, default=2e-4)
     distil.add_argument("--seed", type=int, default=0)
     distil.add_argument("--text", type=Path, nargs="+", help="text files; else the teacher writes")
+    distil.add_argument("--threads", type=int, default=torch.get_num_threads())
     distil.add_argument("--until", type=int, help="stop at this step; run again to go on")
     given = parser.parse_args(arguments)
+    torch.set_num_threads(given.threads)
     try:
         _distil(given)
     except ValueError as error:
@@ -62,7 +64,7 @@ def _distil(given: argparse.Namespace) -> None:
     )
     print(f"{sum(p.numel() for p in run.student.parameters())} weights, at step {run.step}")
     run.train(until=given.until)
-    path = given.out / "swiftkv.safetensors"
+    path = given.out / FILE
     save_profile(run.student.adapter.to(own.dtype).profile(own.fingerprint), path)
     print(f"wrote {path}")
 

@@ -14,9 +14,11 @@ from winnow.models.stack import LlamaStack
 from winnow.profiles import load_profile
 from winnow.types import Profile
 
-__all__ = ["KIND", "Adapter", "start"]
+__all__ = ["FILE", "KIND", "Adapter", "start"]
 
 KIND = "swiftkv"
+#: what distillation writes; beside a model's weights it is found without being named
+FILE = "swiftkv.safetensors"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,10 +40,15 @@ class Adapter:
     group: int
     tensors: Mapping[str, Tensor]
 
+    @property
+    def form(self) -> tuple[int, int]:
+        """``layers`` and ``group``."""
+        return self.layers, self.group
+
     def profile(self, model: str) -> Profile:
         """As a file keeps it, made for the model of this fingerprint."""
-        form = torch.tensor([self.layers, self.group])
-        return Profile(kind=KIND, model=model, tensors={"form": form, **self.tensors})
+        tensors = {"form": torch.tensor(self.form), **self.tensors}
+        return Profile(kind=KIND, model=model, tensors=tensors)
 
     @classmethod
     def load(cls, path: str, *, model: str) -> Adapter:

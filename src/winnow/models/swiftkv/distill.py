@@ -9,19 +9,17 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.nn import functional
 
 from winnow.models.swiftkv.adapter import Adapter
 from winnow.models.swiftkv.student import Student, teach
+from winnow.models.training import Loss, Training
 
 __all__ = ["Batch", "Distillation", "Plan"]
 
@@ -56,6 +54,8 @@ class Plan:
     steps : int
     rate : float
         Of AdamW without weight decay; it rises over the first 5 % of the steps, then falls as a cosine.
+    betas : tuple of float
+        Of AdamW.
     temperature, hidden_weight : float
     data : str
         Where the sequences come from, so that a checkpoint is resumed on the same.
@@ -63,6 +63,7 @@ class Plan:
 
     steps: int
     rate: float = 2e-4
+    betas: tuple[float, float] = (0.9, 0.999)
     temperature: float = 2.0
     hidden_weight: float = 1.0
     data: str = ""
@@ -75,8 +76,8 @@ class Plan:
         return 0.5 + 0.5 * math.cos(math.pi * (step - warmup) / max(1, self.steps - warmup))
 
 
-class Distillation:
-    """A distillation in a directory: its state, its log and its checkpoint.
+class Distillation(Training):
+    """A distillation in a directory: see :class:`winnow.models.training.Training`.
 
     Parameters
     ----------
@@ -96,48 +97,25 @@ class Distillation:
     """
 
     def __init__(self, directory: Path, model: Any, adapter: Adapter, plan: Plan, batches: Batches) -> None:
-        self.directory, self.plan, self.step = directory, plan, 0
+        self.plan, self.student = plan, Student(model, adapter)
         self._model, self._batches = model.eval(), batches
-        self.student = Student(model, adapter)
-        self.optimizer = torch.optim.AdamW(
-            self.student.parameters(), lr=plan.rate, betas=(0.9, 0.98), weight_decay=0.0
+        super().__init__(
+            directory,
+            self.student,
+            list(self.student.parameters()),
+            form=json.dumps({**asdict(plan), "layers": adapter.layers, "group": adapter.group}),
+            steps=plan.steps,
+            betas=plan.betas,
+            clip=1.0,
         )
-        self._form = json.dumps({**asdict(plan), "layers": adapter.layers, "group": adapter.group})
-        directory.mkdir(parents=True, exist_ok=True)
-        if self.checkpoint.exists():
-            state = torch.load(self.checkpoint, weights_only=True)
-            if state["form"] != self._form:
-                raise ValueError(f"{directory} holds another distillation; choose another directory")
-            self.student.load_state_dict(state["student"])
-            self.optimizer.load_state_dict(state["optimizer"])
-            self.step = state["step"]
 
-    @property
-    def checkpoint(self) -> Path:
-        """Where the state is saved."""
-        return self.directory / "checkpoint.pt"
+    def rate(self, step: int) -> float:
+        """See :meth:`Training.rate`."""
+        return self.plan.rate * self.plan.factor(step)
 
-    def save(self) -> None:
-        """Write the checkpoint, whole or not at all."""
-        state = {
-            "form": self._form,
-            "student": self.student.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "step": self.step,
-        }
-        partial = self.checkpoint.with_suffix(".partial")
-        with partial.open("wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(self.checkpoint)
-
-    def advance(self) -> dict[str, float]:
-        """One step; what is logged about it."""
-        begun = time.perf_counter()
-        batch, plan = self._batches(self.step), self.plan
-        for group in self.optimizer.param_groups:
-            group["lr"] = plan.rate * plan.factor(self.step)
+    def loss(self, step: int) -> Loss:
+        """See :meth:`Training.loss`."""
+        batch, plan = self._batches(step), self.plan
         arguments = (batch.ids, batch.positions, batch.counted)
         wanted, wanted_hidden = teach(self._model, *arguments)
         logits, hidden = self.student(*arguments)
@@ -148,41 +126,12 @@ class Distillation:
             log_target=True,
         )
         distance = functional.mse_loss(hidden.float(), wanted_hidden.float())
-        loss = divergence + plan.hidden_weight * distance
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
-        norm = torch.nn.utils.clip_grad_norm_(self.student.parameters(), 1.0)
-        if not math.isfinite(float(norm)):
-            raise ValueError(f"step {self.step} has no finite gradient; lower the rate")
-        self.optimizer.step()
-        self.step += 1
-        return {
-            "step": self.step,
-            "divergence": float(divergence.detach()),
-            "hidden": float(distance.detach()),
-            "agreement": float((logits.argmax(-1) == wanted.argmax(-1)).float().mean()),
-            "gradient_norm": float(norm),
-            "rate": float(self.optimizer.param_groups[0]["lr"]),
-            "tokens_per_second": batch.ids.numel() / (time.perf_counter() - begun),
-        }
-
-    def train(self, *, until: int | None = None, save_every: float = 60.0) -> None:
-        """Advance to the end of the plan, or to step ``until``, logging and saving."""
-        last = self.plan.steps if until is None else min(until, self.plan.steps)
-        saved = time.perf_counter()
-        with (self.directory / "log.jsonl").open("a") as log:
-            while self.step < last:
-                record = self.advance()
-                log.write(json.dumps(record) + "\n")
-                log.flush()
-                if self.step % 10 == 0 or self.step == last:
-                    print(
-                        f"step {self.step}/{last}  divergence {record['divergence']:.5f}"
-                        f"  hidden {record['hidden']:.5f}  agreement {record['agreement']:.4f}"
-                        f"  {record['tokens_per_second']:.0f} tokens/s",
-                        flush=True,
-                    )
-                if time.perf_counter() - saved > save_every:
-                    self.save()
-                    saved = time.perf_counter()
-        self.save()
+        return Loss(
+            value=divergence + plan.hidden_weight * distance,
+            tokens=batch.ids.numel(),
+            log={
+                "divergence": float(divergence.detach()),
+                "hidden": float(distance.detach()),
+                "agreement": float((logits.argmax(-1) == wanted.argmax(-1)).float().mean()),
+            },
+        )

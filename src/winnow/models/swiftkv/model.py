@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import replace
+from pathlib import Path
 from typing import Protocol, TypeGuard
 
 import torch
@@ -12,7 +13,7 @@ from torch.nn import functional
 
 from winnow.models.fused import FusedModel
 from winnow.models.stack import Linear
-from winnow.models.swiftkv.adapter import Adapter, start
+from winnow.models.swiftkv.adapter import FILE, Adapter, start
 from winnow.types import Attend, LanguageModel, LayerWalk, Rotary
 
 __all__ = ["SwiftKVModel", "transformed"]
@@ -140,7 +141,7 @@ def transformed(model: LanguageModel, generation: object) -> LanguageModel:
     Raises
     ------
     ValueError
-        If the model is not Llama-shaped, or the adapter is not for it.
+        If the model is not Llama-shaped, or the adapter that the part names is not for it.
     """
     if not _asks(generation):
         return model
@@ -149,18 +150,35 @@ def transformed(model: LanguageModel, generation: object) -> LanguageModel:
             f"swiftkv transforms Llama-shaped models on the fused runner, {model.name} is none or runs on "
             "another; use runner='auto', or leave swiftkv out of the recipe"
         )
-    first = generation.first(model.layers)
-    if generation.adapter is None:
-        if first < model.layers:
-            _log.warning("swiftkv runs untrained on %s: give adapter=... of a distillation", model.name)
-        return SwiftKVModel(model, start(model, first, generation.group))
-    adapter = Adapter.load(generation.adapter, model=model.fingerprint)
-    if (adapter.layers, adapter.group) != (first, generation.group):
-        raise ValueError(
-            f"the adapter {generation.adapter} is for layers={adapter.layers}, group={adapter.group}, the "
-            f"recipe says layers={first}, group={generation.group}; make them agree"
-        )
-    return SwiftKVModel(model, adapter.to(model.dtype))
+    return SwiftKVModel(model, _adapter(model, generation).to(model.dtype))
+
+
+def _adapter(model: FusedModel, asked: _Names) -> Adapter:
+    """The adapter that is asked for by name, else the one beside the model's weights, else the start."""
+    form = first, group = asked.first(model.layers), asked.group
+    if asked.adapter is not None:
+        given = Adapter.load(asked.adapter, model=model.fingerprint)
+        if given.form != form:
+            raise ValueError(
+                f"the adapter {asked.adapter} is for layers={given.layers}, group={given.group}, the "
+                f"recipe says layers={first}, group={group}; make them agree"
+            )
+        return given
+    why = "give adapter=... of a distillation"
+    source = model.general.module.config.name_or_path
+    beside = Path(source, FILE)
+    if source and beside.is_file():
+        try:
+            found = Adapter.load(str(beside), model=model.fingerprint)
+        except ValueError as error:
+            why = str(error)  # such as the same weights in another dtype
+        else:
+            if found.form == form:
+                return found
+            why = f"the adapter beside it is for layers={found.layers}, group={found.group}; {why}"
+    if first < model.layers:
+        _log.warning("swiftkv runs untrained on %s: %s", model.name, why)
+    return start(model, first, group)
 
 
 def _asks(part: object) -> TypeGuard[_Names]:
