@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from winnow.cli import bench_attached, bench_lifecycle, show
+from winnow.cli import bench_attached, bench_lifecycle, bench_retrieval, show
 
 __all__ = ["bench_app", "demo"]
 
@@ -18,6 +18,8 @@ bench_app = typer.Typer(help="Measure, beside the machine's limits and fair base
 bench_app.command("lifecycle")(bench_lifecycle.lifecycle)
 bench_app.command("compare")(bench_lifecycle.compare)
 bench_app.command("attached")(bench_attached.attached)
+bench_app.command("chunks")(bench_retrieval.chunks)
+bench_app.command("workers")(bench_retrieval.workers)
 
 
 def demo(

@@ -258,7 +258,7 @@ class _Step:
         by_P = torch.cat([one.by for one in self._shared])
         near_PHD = self._turned(layer, q_NHD[self._single_rows[readers_P]], by_P)
         workers, dim = len(self._single), q_NHD.shape[2]
-        near = near_PHD.split([len(one.readers) for one in self._shared])
+        near = torch.split(near_PHD, [len(one.readers) for one in self._shared])
         partials = []
         for shared, q_RHD in zip(self._shared, near, strict=True):
             for segment in shared.block.store.segments(layer):
