@@ -10,9 +10,9 @@ from torch.nn import functional
 
 from winnow._check import integer
 from winnow.generation.protocol import PrefillLayer
-from winnow.kernels.merge import merge
+from winnow.kernels.mass import mass
 from winnow.kernels.prefill import prefill
-from winnow.types import Blocks, Dense, Needs, Partial, Pattern, Segment
+from winnow.types import Blocks, Dense, Needs, Pattern, Segment
 
 __all__ = ["PermutedBlocks"]
 
@@ -92,17 +92,24 @@ class PermutedBlocks:
         whole = _consecutive(ctx.segments) if ctx.spec.window is None else None
         if whole is None or int(whole.lengths[0]) <= self.segment:
             return tuple(Pattern(form=Dense()) for _ in ctx.segments)
-        rows = self._row_blocks(ctx)
-        partials = [self._run(ctx, whole, self._own(ctx, rows, int(whole.lengths[0])))]
-        scored = 0
-        earlier = int(rows.max())
-        if earlier > 0:
+        rows_R = self._row_blocks(ctx)
+        mask_NRC, scored = self._own(ctx, rows_R, int(whole.lengths[0])), 0
+        if int(rows_R.max()) > 0:
             order_HS, cost = self._order(ctx, whole)
-            permuted = _permuted(whole, order_HS, earlier)
-            mask_NRC, pooled = self._choose(ctx, permuted, order_HS[:, :earlier], rows)
-            partials.append(self._run(ctx, permuted, _lists(mask_NRC, self.block)))
+            order_HS = order_HS[:, : int(rows_R.max())]
+            whole = _permuted(whole, order_HS, int(rows_R.min()))
+            chosen_NRC, pooled = self._choose(ctx, whole, order_HS, rows_R)
+            mask_NRC = torch.cat([chosen_NRC, mask_NRC], 2)
             scored = cost + pooled
-        done = Pattern(form=None, done=merge(partials), scored=scored)
+        partial = prefill(
+            ctx.q,
+            whole,
+            spec=ctx.spec,
+            query_positions=ctx.query_positions,
+            form=_lists(mask_NRC, self.block),
+            backend=ctx.backend,
+        )
+        done = Pattern(form=None, done=partial, scored=scored)
         return (*(Pattern(form=None) for _ in ctx.segments[1:]), done)
 
     # ------------------------------------------------------------------ which rows, which blocks
@@ -112,65 +119,52 @@ class PermutedBlocks:
         starts = ctx.query_positions[:: self.block].long()
         return torch.div(starts, self.segment, rounding_mode="floor") * self.segment
 
-    def _own(self, ctx: PrefillLayer, rows: Tensor, length: int) -> Blocks:
-        """Every query block reads from the begin of its segment to itself."""
-        T = ctx.q.shape[0]
-        heads = ctx.q.shape[1]
-        ends = torch.tensor([min((r + 1) * self.block, T) - 1 for r in range(rows.numel())])
-        last = torch.div(ctx.query_positions.long()[ends], self.block, rounding_mode="floor")
-        columns = -(-length // self.block)
-        number = torch.arange(columns)
-        first = torch.div(rows, self.block, rounding_mode="floor")
-        mask_RC = (number >= first[:, None]) & (number <= last[:, None])
-        return _lists(mask_RC.expand(heads, -1, -1), self.block)
+    def _own(self, ctx: PrefillLayer, rows_R: Tensor, length: int) -> Tensor:
+        """``[N, R, C]`` bool: every query block reads from the begin of its segment to itself.
+
+        Columns begin with the first segment that some query block lies in.
+        """
+        T, heads = ctx.q.shape[:2]
+        ends_R = ((torch.arange(rows_R.numel()) + 1) * self.block).clamp(max=T) - 1
+        number_C = torch.arange(int(rows_R.min()) // self.block, -(-length // self.block))
+        first_R = torch.div(rows_R, self.block, rounding_mode="floor")
+        last_R = torch.div(ctx.query_positions.long()[ends_R], self.block, rounding_mode="floor")
+        mask_RC = (number_C >= first_R[:, None]) & (number_C <= last_R[:, None])
+        return mask_RC.to(ctx.q.device).expand(heads, -1, -1)
 
     def _order(self, ctx: PrefillLayer, whole: Segment) -> tuple[Tensor, int]:
         """``[H, S]`` permuted entry numbers of the complete segments, and the products it took."""
         H, S = whole.heads, int(whole.lengths[0]) // self.segment * self.segment
-        group = ctx.q.shape[1] // H
         q_BND = ctx.q[-self.block :]
-        order_HS = torch.empty(H, S, dtype=torch.long, device=ctx.q.device)
-        base = torch.arange(0, S, self.segment, device=ctx.q.device)[:, None]
-        for h in range(H):
-            q_GBD = q_BND[:, h * group : (h + 1) * group].transpose(0, 1)
-            logits = (q_GBD.flatten(0, 1) @ whole.k[h, :S].T).float() * ctx.spec.scale
-            if ctx.spec.softcap is not None:
-                logits = ctx.spec.softcap * torch.tanh(logits / ctx.spec.softcap)
-            worth_S = logits.softmax(-1).mean(0)
-            inside = torch.sort(worth_S.view(-1, self.segment), dim=1, descending=True, stable=True).indices
-            order_HS[h] = (inside + base).flatten()
-        return order_HS, q_BND.shape[0] * ctx.q.shape[1] * S
+        complete = replace(whole, lengths=torch.full_like(whole.lengths, S))
+        # Importance has no mask: all of the last queries look from the end.
+        end_B = torch.full((q_BND.shape[0],), S, dtype=torch.int32)
+        partial = prefill(q_BND, complete, spec=ctx.spec, query_positions=end_B, backend=ctx.backend)
+        worth_NS = mass(
+            q_BND, complete, spec=ctx.spec, query_positions=end_B, lse=partial.lse, backend=ctx.backend
+        )
+        worth_HCS = worth_NS.view(H, -1, S).sum(1).view(H, -1, self.segment)
+        inside_HCS = torch.sort(worth_HCS, dim=2, descending=True, stable=True).indices
+        base_C = torch.arange(0, S, self.segment, device=ctx.q.device)
+        # The kernels of the sum and of the mass compute every product once each.
+        return (inside_HCS + base_C[:, None]).view(H, S), 2 * partial.pairs
 
     def _choose(
-        self, ctx: PrefillLayer, permuted: Segment, order_HS: Tensor, rows: Tensor
+        self, ctx: PrefillLayer, permuted: Segment, order_HS: Tensor, rows_R: Tensor
     ) -> tuple[Tensor, int]:
         """``[N, R, C]`` bool: permuted blocks that each query block reads, and the products it took."""
         H, S = order_HS.shape
-        heads, C = ctx.q.shape[1], S // self.block
-        group = heads // H
-        q_RND = _means(ctx.q, self.block)
-        k_HCD = permuted.k.float().view(H, C, self.block, -1).mean(2)
-        allowed_RC = (torch.arange(C) * self.block < rows[:, None]).to(ctx.q.device)
-        mask_NRC = torch.zeros(heads, rows.numel(), C, dtype=torch.bool, device=ctx.q.device)
-        # The permuted block that now holds token 0.
-        sink_H = (order_HS == 0).int().argmax(1) // self.block
-        for n in range(heads):
-            logits_RC = q_RND[:, n] @ k_HCD[n // group].T * ctx.spec.scale
-            p_RC = logits_RC.masked_fill(~allowed_RC, -torch.inf).softmax(-1).nan_to_num(0.0)
-            mask_NRC[n] = allowed_RC if self.share >= 1 else _fewest(p_RC, self.share) & allowed_RC
-            mask_NRC[n, :, sink_H[n // group]] |= allowed_RC.any(1)
-        return mask_NRC, rows.numel() * heads * C
-
-    @staticmethod
-    def _run(ctx: PrefillLayer, segment: Segment, form: Blocks) -> Partial:
-        return prefill(
-            ctx.q,
-            segment,
-            spec=ctx.spec,
-            query_positions=ctx.query_positions,
-            form=form,
-            backend=ctx.backend,
-        )
+        N, R, C = ctx.q.shape[1], rows_R.numel(), S // self.block
+        q_HQD = _means(ctx.q, self.block).transpose(0, 1).reshape(H, -1, ctx.q.shape[2])
+        k_HCD = permuted.k[:, :S].unflatten(1, (C, self.block)).mean(2, dtype=torch.float32)
+        logits_NRC = (q_HQD @ k_HCD.transpose(1, 2)).view(N, R, C) * ctx.spec.scale
+        allowed_RC = (torch.arange(C) * self.block < rows_R[:, None]).to(ctx.q.device)
+        p_NRC = logits_NRC.masked_fill(~allowed_RC, -torch.inf).softmax(-1).nan_to_num(0.0)
+        mask_NRC = _fewest(p_NRC, self.share) if self.share < 1 else torch.ones_like(p_NRC, dtype=torch.bool)
+        # The permuted block that now holds token 0; it stayed in its segment.
+        sink_H = (order_HS[:, : self.segment] == 0).int().argmax(1) // self.block
+        sink_NC = functional.one_hot(sink_H.repeat_interleave(N // H), C).bool()
+        return (mask_NRC | sink_NC[:, None]) & allowed_RC, R * N * C
 
 
 def _consecutive(segments: tuple[Segment, ...]) -> Segment | None:
@@ -190,29 +184,41 @@ def _consecutive(segments: tuple[Segment, ...]) -> Segment | None:
     return replace(segments[0], k=k, v=v, lengths=torch.full_like(segments[0].lengths, at))
 
 
-def _permuted(whole: Segment, order_HS: Tensor, length: int) -> Segment:
-    """A copy of the first ``length`` entries in permuted order.
+def _permuted(whole: Segment, order_HS: Tensor, own: int) -> Segment:
+    """A copy of the entries in permuted order, and behind them those from position ``own`` on as they are.
 
-    Its implicit positions are not those of the entries, but no query that reads a block of it lies
-    before any of them: only rows behind a segment read that segment.
+    The position of permuted entries is -1: only rows behind a segment read it permuted, and these may
+    see all of it.
     """
-    index = order_HS[:, :length, None].expand(-1, -1, whole.k.shape[2])
-    lengths = torch.full_like(whole.lengths, length)
-    return replace(whole, k=whole.k.gather(1, index), v=whole.v.gather(1, index), lengths=lengths)
+    H, permuted = order_HS.shape
+    length, device = int(whole.lengths[0]), whole.k.device
+    at_O = torch.arange(own, length, device=device)
+    index_HS = torch.cat([order_HS, at_O.expand(H, -1)], 1)
+    head_H1 = torch.arange(H, device=device)[:, None]
+    positions_S = torch.cat([at_O.new_full((permuted,), -1), at_O]).int()
+    return replace(
+        whole,
+        k=whole.k[head_H1, index_HS],
+        v=whole.v[head_H1, index_HS],
+        lengths=torch.full_like(whole.lengths, positions_S.numel()),
+        positions=positions_S.expand(H, -1),
+    )
 
 
 def _means(q_TND: Tensor, block: int) -> Tensor:
     """``[R, N, D]`` float32 means of the query blocks; zeros fill the last one, as in the code."""
-    rows = -(-q_TND.shape[0] // block)
-    padded = functional.pad(q_TND.float(), (0, 0, 0, 0, 0, rows * block - q_TND.shape[0]))
-    return padded.view(rows, block, *q_TND.shape[1:]).mean(1)
+    whole = q_TND.shape[0] // block * block
+    parts = [q_TND[:whole]]
+    if whole < q_TND.shape[0]:
+        parts.append(functional.pad(q_TND[whole:], (0, 0, 0, 0, 0, whole + block - q_TND.shape[0])))
+    return torch.cat([x.unflatten(0, (-1, block)).mean(1, dtype=torch.float32) for x in parts if len(x)])
 
 
-def _fewest(p_RC: Tensor, share: float) -> Tensor:
+def _fewest(p_NRC: Tensor, share: float) -> Tensor:
     """Per row the largest probabilities, as few as together reach ``share``."""
-    best, order = p_RC.sort(1, descending=True)
-    wanted = (best.cumsum(1) - best < share) & (best > 0)
-    return torch.zeros_like(wanted).scatter_(1, order, wanted)
+    best, order = p_NRC.sort(-1, descending=True)
+    wanted = (best.cumsum(-1) - best < share) & (best > 0)
+    return torch.zeros_like(wanted).scatter_(-1, order, wanted)
 
 
 def _lists(mask_NRC: Tensor, block: int) -> Blocks:
