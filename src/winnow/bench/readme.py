@@ -1,21 +1,26 @@
-"""Write the README's tables and picture from the JSON of committed runs.
+"""Write the tables of the README and of the guide, and the README's picture, from the JSON of committed runs.
 
-``winnow demo --out benchmarks/results/demo.json`` and ``winnow bench lifecycle --out benchmarks/results``
-make the JSON, ``python -m winnow.bench.readme`` puts it into README.md and draws docs/images/demo.png.
+:data:`TABLES` names the pages and the runs; below each table stands the command that made it.
+``python -m winnow.bench.readme`` writes all tables whose runs are there, and draws docs/images/demo.png.
 """
 
 from __future__ import annotations
 
 import json
+import shlex
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from winnow.bench.output import insert
 
-__all__ = ["TABLES", "draw", "lifecycle", "markdown"]
+__all__ = ["TABLES", "Place", "chunks", "draw", "lifecycle", "main", "markdown", "workers", "workers_answers"]
+
+RESULTS = "benchmarks/results"
 
 
-def markdown(report: dict[str, Any]) -> str:
+def markdown(report: dict[str, Any], source: str) -> str:
     """The demo's rows as a Markdown table."""
     config, machine = report["config"], report["machine"]
     lines = [
@@ -43,20 +48,19 @@ def markdown(report: dict[str, Any]) -> str:
         f"Documents of {config['tokens']} tokens, {config['turns']} questions each, one after the other in a "
         f"session; exact match over free generation by the embedded model; {machine['cpu']['name']}, "
         f"{machine['cores']} cores. "
-        "Made by `winnow demo`; raw samples in `benchmarks/results/demo.json`."
+        f"Made by `winnow demo`; raw samples in `{source}`."
     )
     return "\n".join(lines)
 
 
-def lifecycle(summary: dict[str, Any]) -> str:
-    """A lifecycle run as a Markdown table: turns of a conversation, and separate requests beside them."""
+def lifecycle(summary: dict[str, Any], source: str) -> str:
+    """A lifecycle run as a Markdown table: turns of a conversation, and separate requests if it had any."""
     config, machine = summary["config"], summary["machine"]
     rows = {(row["system"], row["mode"]): row for row in summary["rows"]}
-    lines = [
-        "| recipe | kind | turn 1 | later turns | separate requests | first token | scores computed "
-        "| KV stored | KV read per token |",
-        "|---|---|---:|---:|---:|---:|---:|---:|---:|",
-    ]
+    separate = any(mode == "multi-request" for _, mode in rows)
+    heads = ["turn 1", "later turns", *(["separate requests"] if separate else []), "first token"]
+    heads += ["scores computed", "KV stored", "KV read per token"]
+    lines = [f"| recipe | kind | {' | '.join(heads)} |", "|---|---|" + "---:|" * len(heads)]
     for system in summary["systems"]:
         name = system["name"]
         turns, requests = rows.get((name, "multi-turn")), rows.get((name, "multi-request"))
@@ -67,7 +71,7 @@ def lifecycle(summary: dict[str, Any]) -> str:
             f"`{name}`",
             system["kind"],
             *(_right(scores.get(part)) for part in ("first", "later")),
-            _right(requests["scores"]["all"] if requests else None),
+            *([_right(requests["scores"]["all"] if requests else None)] if separate else []),
             f"{turns['cost']['first_token_seconds']:.2f} s",
             *(_share(beside[key]) for key in ("score_entries", "bytes_stored", "bytes_read_per_token")),
         )
@@ -79,7 +83,7 @@ def lifecycle(summary: dict[str, Any]) -> str:
         f"tokens, {config['examples']} examples each with {config['turns']} questions, on the model "
         f"`{config['model']}`; costs in per cent of full attention, in a conversation of all turns; "
         f"{machine['cpu']['name']}, {machine['cores']} cores. Made by `winnow bench lifecycle`; "
-        "raw samples in `benchmarks/results/lifecycle.json`.",
+        f"raw samples in `{source}`.",
     ]
     return "\n".join(lines)
 
@@ -94,11 +98,129 @@ def _share(share: float | None) -> str:
     return "not known" if share is None else f"{share:.0%}"
 
 
+def chunks(report: dict[str, Any], source: str) -> str:
+    """A run of ``winnow bench chunks`` as a Markdown table."""
+    config, machine = report["config"], report["machine"]
+    groups = list(report["rows"][0]["right"])
+    heads = [*groups, "first token", "of full", "tokens computed", "of them repair", "scores"]
+    heads += ["KV read per token", "pool per chunk token"]
+    lines = [f"| contender | {' | '.join(heads)} |", "|---|" + "---:|" * len(heads)]
+    for row in report["rows"]:
+        cells = (
+            row["name"],
+            *(_right(row["right"][group]) for group in groups),
+            f"{row['median_seconds']:.3f} s",
+            f"{row['over_full']:.0%}",
+            f"{row['tokens_computed'] + row['tokens_repaired']:.0f}",
+            f"{row['tokens_repaired']:.0f}",
+            f"{row['score_entries'] / 1e6:.2f} M",
+            f"{row['bytes_read_per_token'] / 1e6:.2f} MB",
+            f"{row['bytes_pool'] / report['chunk_tokens'] / 1e3:.1f} kB" if row["bytes_pool"] else "",
+        )
+        lines.append(f"| {' | '.join(cells)} |")
+    asked = len(report["rows"][0]["samples"]["seconds"])
+    lines += [
+        "",
+        f"Model `{config['model']}`: {asked} prompts of {config['pieces']} chunks, {config['tokens']} tokens "
+        "together, in an order of their own each, all chunks met before; median time to the first token, and "
+        "the median of its share of the full recompute's for the same prompt. "
+        + ("Right answers with 95 % bootstrap intervals over documents. " if groups else "")
+        + f"{machine['cpu']['name']}, {machine['cores']} cores. Made by `{_command(report)}`; "
+        f"raw samples in `{source}`.",
+    ]
+    return "\n".join(lines)
+
+
+def workers(report: dict[str, Any], source: str) -> str:
+    """The times of a run of ``winnow bench workers`` as a Markdown table."""
+    config, machine = report["config"], report["machine"]
+    heads = ["tokens/s", "per reader", "beside one sequence", "KV stored", "KV read per token"]
+    lines = [f"| readers | what they read | {' | '.join(heads)} |", "|---:|---|" + "---:|" * len(heads)]
+    for row in report["rows"]:
+        cells = (
+            str(row["readers"]),
+            row["name"],
+            f"{row['tokens_per_second']:.1f}",
+            f"{row['tokens_per_second'] / row['readers']:.1f}",
+            f"{row['over_one']:.2f}",
+            f"{row['bytes_stored'] / 1e6:.1f} MB",
+            f"{row['bytes_read_per_token'] / 1e6:.1f} MB",
+        )
+        lines.append(f"| {' | '.join(cells)} |")
+    limit = report["limit"]
+    lines += [
+        "",
+        f"Model `{config['model']}`, {config['entries']} tokens that all readers share, medians of "
+        f"{config['rounds']} interleaved rounds of {config['steps']} tokens per reader. "
+        + (f"Reading weights and text once: {limit['seconds'] * 1e3:.0f} ms. " if limit else "")
+        + f"{machine['cpu']['name']}, {machine['cores']} cores. Made by `{_command(report)}`; "
+        f"raw samples in `{source}`.",
+    ]
+    return "\n".join(lines)
+
+
+def workers_answers(report: dict[str, Any], source: str) -> str:
+    """The answers of a run of ``winnow bench workers`` on the embedded model as a Markdown table."""
+    config = report["config"]
+    lines = ["| asked | workers | right |", "|---|---:|---:|"]
+    lines += [f"| {row['kind']} | {row['workers']} | {_right(row['right'])} |" for row in report["quality"]]
+    lines += [
+        "",
+        f"{report['quality'][0]['right']['turns']} questions about {config['documents']} documents of "
+        f"{config['tokens']} tokens in each row, 95 % bootstrap intervals over documents; "
+        f"the same run (`{source}`).",
+    ]
+    return "\n".join(lines)
+
+
+def _command(report: dict[str, Any]) -> str:
+    """The command of a report with all that its configuration says."""
+    words = []
+    for key, value in report["config"].items():
+        for one in value if isinstance(value, list) else [value]:
+            words += [f"--{key}", str(one)]
+    return f"{report['command']} {shlex.join(words)}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """Where a run is shown.
+
+    Attributes
+    ----------
+    page : str
+        With the marks ``<!-- mark: begin -->`` and ``<!-- mark: end -->``.
+    mark : str
+    source : str
+        JSON of the run.
+    written : callable
+        Makes Markdown of the run and its source.
+    """
+
+    page: str
+    mark: str
+    source: str
+    written: Callable[[dict[str, Any], str], str]
+
+    def on(self, root: Path, page: str) -> str:
+        """The page, with the run's table if the run is there."""
+        source = root / self.source
+        if not source.exists():
+            return page
+        return insert(page, self.mark, self.written(json.loads(source.read_text("utf-8")), self.source))
+
+
+_METHODS = "docs/guide/methods.md"
 TABLES = (
-    ("demo", "benchmarks/results/demo.json", markdown),
-    ("lifecycle", "benchmarks/results/lifecycle.json", lifecycle),
+    Place(page="README.md", mark="demo", source=f"{RESULTS}/demo.json", written=markdown),
+    Place(page="README.md", mark="lifecycle", source=f"{RESULTS}/lifecycle.json", written=lifecycle),
+    Place(page=_METHODS, mark="methods", source=f"{RESULTS}/methods.json", written=lifecycle),
+    Place(page=_METHODS, mark="chunks", source=f"{RESULTS}/chunks.json", written=chunks),
+    Place(page=_METHODS, mark="chunks-1b", source=f"{RESULTS}/chunks-1b.json", written=chunks),
+    Place(page=_METHODS, mark="workers", source=f"{RESULTS}/workers.json", written=workers),
+    Place(page=_METHODS, mark="workers-answers", source=f"{RESULTS}/workers.json", written=workers_answers),
+    Place(page=_METHODS, mark="workers-1b", source=f"{RESULTS}/workers-1b.json", written=workers),
 )
-"""Mark in the README, the run that stands there, and how it is written."""
 
 
 def draw(report: dict[str, Any], path: Path) -> None:
@@ -134,14 +256,11 @@ def draw(report: dict[str, Any], path: Path) -> None:
 
 
 def main(root: Path) -> None:
-    """Rewrite the tables and the picture under a checkout's root."""
-    readme = root / "README.md"
-    page = readme.read_text(encoding="utf-8")
-    for mark, source, written in TABLES:
-        if (root / source).exists():
-            page = insert(page, mark, written(json.loads((root / source).read_text(encoding="utf-8"))))
-    readme.write_text(page, encoding="utf-8")
-    draw(json.loads((root / TABLES[0][1]).read_text(encoding="utf-8")), root / "docs/images/demo.png")
+    """Rewrite the tables and the picture under a checkout's root; a table without its run stays as it is."""
+    for place in TABLES:
+        path = root / place.page
+        path.write_text(place.on(root, path.read_text("utf-8")), "utf-8")
+    draw(json.loads((root / RESULTS / "demo.json").read_text("utf-8")), root / "docs/images/demo.png")
 
 
 if __name__ == "__main__":
