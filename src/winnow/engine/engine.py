@@ -6,9 +6,11 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Seq
+from functools import partial
 
 import torch
 
+from winnow.engine.apart import prefilled
 from winnow.engine.attend import Slice, StepAttention
 from winnow.engine.compress import growth
 from winnow.engine.packing import pack
@@ -68,10 +70,11 @@ class Engine:
         self._codec = "raw"  # of what the pool holds
         self.repair: Repair | None = None
         if recipe.retrieval is not None and reuses_chunks(recipe.retrieval):
+            compute = partial(prefilled, room=self._store, model=model, recipe=recipe)
             self.repair = Repair(
                 model,
                 recipe.retrieval,
-                self._compute,
+                partial(compute, limits=self.limits, backend=backend),
                 rows=self.limits.max_num_batched_tokens,
                 dense=recipe.generation is None,
                 backend=backend,
@@ -534,36 +537,6 @@ class Engine:
         del self._suspended[result.number]
 
     # ------------------------------------------------------------------ reuse
-
-    def _compute(self, tokens: list[int], stats: Stats) -> SequenceStore:
-        """Prefill tokens as a sequence of their own, under the recipe's generation; the caller closes it."""
-        recipe = Recipe(generation=self.recipe.generation)
-        multiple = 1 if recipe.generation is None else recipe.generation.chunk_multiple
-        store = self._store(len(tokens))
-        sequence = Sequence(recipe, store)
-        sequence.tokens = tokens
-        try:
-            while (at := store.length) < len(tokens):
-                (count,) = share([(len(tokens) - at, multiple, at)], self.limits)
-                part = Slice(
-                    sequence=sequence,
-                    stats=stats,
-                    first=0,
-                    last=count,
-                    prompt=True,
-                    final=at + count == len(tokens),
-                )
-                self.model.forward(
-                    torch.tensor(tokens[at : at + count]),
-                    torch.arange(at, at + count),
-                    torch.arange(0),
-                    StepAttention([part], self.model.slots, self.backend),
-                )
-                store.advance(count)
-        except BaseException:
-            store.close()
-            raise
-        return store
 
     def reusable(self, tokens: Seq[int], salt: str = "") -> int:
         """Leading tokens that :meth:`submit` would find in the pool now."""
