@@ -18,7 +18,8 @@ GUIDE = Path(__file__).parents[2] / "docs" / "guide" / "serving.md"
 @pytest.mark.slow
 def test_programs_of_the_tutorial(capsys):
     programs = re.findall(r"```python\n(.*?)```", GUIDE.read_text(), re.S)
-    assert len(programs) == 2
+    shown = re.findall(r"```python\n.*?```\n\n```\n(.*?)```", GUIDE.read_text(), re.S)
+    assert len(programs) == len(shown) == 2
     recipes = named_recipes(("full", "snapkv"))
     with running(
         *load_model("embedded"), served_model_name="embedded", recipes=recipes, max_model_len=16384
@@ -26,12 +27,15 @@ def test_programs_of_the_tutorial(capsys):
         names: dict = {}
         exec(programs[0].replace("http://localhost:8000", server.url), names)
         said = capsys.readouterr().out
-        first, second = (int(n) for n in re.findall(r"cached_tokens=(\d+)", said))
-        assert first == 0
-        assert second > 1000
-        assert re.findall(r"^ ?(dax|wug)", said, re.M) == ["dax", "wug"]
+        assert said == shown[0]
         exec(programs[1].replace("http://localhost:8000", server.url), names)
-        full, small = (eval(line) for line in capsys.readouterr().out.splitlines())
+        # How far a sequence has come when it is looked at differs; a page of memory is what it grows by.
+        printed, expected = (
+            [eval(line) for line in text.splitlines()] for text in (capsys.readouterr().out, shown[1])
+        )
+        for got, want in zip(printed, expected, strict=True):
+            assert got == pytest.approx(want, rel=0.05)
+        full, small = printed
         assert small["host/raw"] < 0.5 * full["host/raw"]
         server.idle()
 
