@@ -14,6 +14,7 @@ import transformers as hf
 
 from tests.models.test_pooling import lay_out, plain
 from tests.serve.conftest import VOCABULARY, running
+from tests.serve.test_fuzz import fuzz
 from winnow.models.load import load_model
 from winnow.recipe import Recipe
 
@@ -242,6 +243,12 @@ def test_a_generator_says_why_it_does_not_embed(start):
     ) as refused:
         start().client().embeddings.create(model="tiny", input="x")
     assert refused.value.code == "model_not_supported"
+
+
+@pytest.mark.slow
+def test_the_operation_keeps_its_word(server):
+    _, answered = fuzz(server, path="/v1/embeddings")
+    assert {status for _, status in answered} == {200, 400}
 
 
 def test_a_recipe_may_not_take_the_name(loaded):
