@@ -350,6 +350,17 @@ class Worker {
   alignas(64) mutable T wide_[BLOCK * MAX_DIM];  // rows of a block that are made, not stored
 };
 
+// Whether threads that take whole rows end together: of ragged ones one thread could have most.
+bool even(const std::vector<Row>& row, int threads) {
+  int64_t longest = 0, all = 0;
+  for (const Row& r : row) {
+    longest = std::max(longest, r.items);
+    all += r.items;
+  }
+  const auto rows = static_cast<int64_t>(row.size());
+  return threads == 1 || (rows % threads == 0 && longest * rows * 4 <= all * 5);
+}
+
 template <typename T>
 int64_t decode(const DecodeArgs& a) {
   const int64_t rows = a.rows ? a.rows : a.heads;
@@ -367,51 +378,70 @@ int64_t decode(const DecodeArgs& a) {
 
   const int64_t share = threads == 1 ? MAX_CHUNK : (work + threads * 8 - 1) / (threads * 8);
   const int64_t step = std::max<int64_t>(1, std::clamp(share, MIN_CHUNK, MAX_CHUNK) / (a.rows ? a.page : 1));
+  // The mass of a whole head is added as soon as it was read: its weights are still in the cache then, and the
+  // next head's take their place.
+  const bool whole = a.mass && rows == a.heads && even(row, threads);
   std::vector<Chunk> chunks;
-  int64_t results = 0, weights = 0;
+  int64_t results = 0, weights = 0, most = 0;
   for (int64_t r = 0; r < rows; ++r) {
-    for (int64_t i = 0; i < row[r].items; i += step) {
-      chunks.push_back({r, i, std::min(i + step, row[r].items), results, weights});
+    const int64_t of_row = whole ? row[r].items : step;
+    for (int64_t i = 0; i < row[r].items; i += of_row) {
+      chunks.push_back({r, i, std::min(i + of_row, row[r].items), results, weights});
       results += row[r].queries;
-      if (a.mass) weights += (row[r].queries + HEADS - 1) / HEADS * Weights::floats(entries_of(chunks.back(), row[r], a));
+      if (!a.mass) continue;
+      const int64_t floats =
+          (row[r].queries + HEADS - 1) / HEADS * Weights::floats(entries_of(chunks.back(), row[r], a));
+      weights += whole ? 0 : floats;
+      most = std::max(most, floats);
     }
   }
+  if (whole) weights = most * threads;
 
   const int64_t stride = a.dim + 2;
   std::vector<float> result(static_cast<size_t>(results * stride));
   float* const kept = reinterpret_cast<float*>(kept_weights.take(weights * static_cast<int64_t>(sizeof(float))));
   int64_t pairs = 0;
   const auto count = static_cast<int64_t>(chunks.size());
-  const auto run = [&](Worker<T>& worker, int64_t c) {
-    const Row& r = row[chunks[c].row];
-    return r.queries * worker.run(r, chunks[c], result.data() + chunks[c].result * stride,
-                                  a.mass ? kept + chunks[c].weights : nullptr);
+  // One row's queries, from its chunks begin .. end - 1.
+  const auto finish = [&](const Row& r, size_t begin, size_t end) {
+    std::vector<const float*> parts;
+    for (int64_t g = 0; g < r.queries; ++g) {
+      parts.clear();
+      for (size_t i = begin; i < end; ++i) parts.push_back(result.data() + (chunks[i].result + g) * stride);
+      const int64_t n = r.query + g;
+      merge(parts, a.dim, static_cast<T*>(a.out) + n * a.dim, a.lse + n);
+    }
+  };
+  const auto run = [&](Worker<T>& worker, int64_t c, int thread) {
+    const Chunk& chunk = chunks[c];
+    const Row& r = row[chunk.row];
+    float* const at = a.mass ? kept + (whole ? thread * most : chunk.weights) : nullptr;
+    const int64_t read = worker.run(r, chunk, result.data() + chunk.result * stride, at);
+    if (whole) {
+      finish(r, static_cast<size_t>(c), static_cast<size_t>(c) + 1);
+      worker.add_mass(r, chunk, at);
+    }
+    return r.queries * read;
   };
   if (threads == 1) {  // an OpenMP team of one still costs microseconds
     Worker<T> worker(a);
-    for (int64_t c = 0; c < count; ++c) pairs += run(worker, c);
+    for (int64_t c = 0; c < count; ++c) pairs += run(worker, c, 0);
   } else {
 #pragma omp parallel num_threads(threads) reduction(+ : pairs)
     {
       Worker<T> worker(a);
 #pragma omp for schedule(dynamic, 1)
-      for (int64_t c = 0; c < count; ++c) pairs += run(worker, c);
+      for (int64_t c = 0; c < count; ++c) pairs += run(worker, c, omp_get_thread_num());
     }
   }
 
-  std::vector<const float*> parts;
   size_t c = 0;
   for (int64_t r = 0; r < rows; ++r) {
     const size_t begin = c;
     while (c < chunks.size() && chunks[c].row == r) ++c;
-    for (int64_t g = 0; g < row[r].queries; ++g) {
-      parts.clear();
-      for (size_t i = begin; i < c; ++i) parts.push_back(result.data() + (chunks[i].result + g) * stride);
-      const int64_t n = row[r].query + g;
-      merge(parts, a.dim, static_cast<T*>(a.out) + n * a.dim, a.lse + n);
-    }
+    if (!whole || begin == c) finish(row[r], begin, c);
   }
-  if (a.mass) {
+  if (a.mass && !whole) {
     // By KV head: the lists of several query heads may name one entry.
     const auto add = [&](int64_t h) {
       Worker<T> worker(a);
@@ -424,8 +454,8 @@ int64_t decode(const DecodeArgs& a) {
 #pragma omp parallel for schedule(dynamic, 1) num_threads(threads)
       for (int64_t h = 0; h < a.heads; ++h) add(h);
     }
-    kept_weights.free_above(KEPT_BYTES);
   }
+  kept_weights.free_above(KEPT_BYTES);
   return pairs;
 }
 
