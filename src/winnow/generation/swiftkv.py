@@ -27,7 +27,8 @@ class SwiftKV:
     group : int
         Later layers that share one set of entries (AcrossKV), at least 1; it divides their number.
     adapter : str or None
-        File that distillation wrote, or None for the start of distillation, untrained.
+        File that distillation wrote, or None for the one beside the model's weights, or else the start of
+        distillation, untrained.
     pattern : Generation or None
         Which scores the first layers compute; None computes all.
     """

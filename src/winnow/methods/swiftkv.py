@@ -27,16 +27,19 @@ def swiftkv(*, layers: int | None = None, group: int = 1, adapter: str | None = 
     group : int
         Later layers that share entries (``key_value_group_size``).
     adapter : str or None
-        What ``python -m winnow.models.swiftkv distill`` wrote for this model; None uses the start of
-        distillation, without any training.
+        What ``python -m winnow.models.swiftkv distill`` wrote for this model; None takes the file
+        ``swiftkv.safetensors`` beside the model's weights where there is one of this form (the embedded
+        model has one for half of its layers), else the start of distillation, without any training.
 
     Notes
     -----
     Deviations from the official code:
 
     - Llama-shaped models only (those of the fused runner); the code also transforms DeepSeek-V2.
-    - The distillation loss of logits is the mean over the tokens that count; the code divides by all
-      positions, those that are masked out included. It is computed from log-probabilities on both
+    - The distillation loss of logits is the mean over the positions whose *next* token counts. The code
+      (unless it runs sequence-parallel) masks by the labels of the positions themselves, so that the
+      first token of a reply is not learnt and what follows its last one is; and it divides by all
+      positions, those that are masked out included. Ours is computed from log-probabilities on both
       sides; the code takes the logarithm of a softmax that may have become zero.
     - Norm, queries, keys and values start as in the code: from layer ``layers``, from each layer, and
       from the mean over each group.

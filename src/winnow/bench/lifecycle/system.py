@@ -11,6 +11,7 @@ from winnow.bench.lifecycle import memory
 from winnow.bench.lifecycle.record import Reply
 from winnow.engine.request import Result, SamplingParams
 from winnow.engine.session import Session
+from winnow.models.swiftkv.model import transformed
 from winnow.recipe import Recipe
 
 __all__ = ["Conversation", "System", "WinnowSystem"]
@@ -89,12 +90,13 @@ class WinnowSystem:
         self.name = name
         self.recipe = recipe
         self._llm = llm
+        self._model = transformed(llm.model, recipe.generation)
 
     @contextmanager
     def open(self, *, requests: bool) -> Iterator[Conversation]:
         """See :class:`System`. Every conversation has an engine, and so a pool, of its own."""
         engine = self._llm.engine
-        llm = api.LLM(self._llm.model, self._llm.text, self.recipe, engine.limits, engine.backend)
+        llm = api.LLM(self._model, self._llm.text, self.recipe, engine.limits, engine.backend)
         talk = (_Requests if requests and self.recipe.retrieval is not None else _Session)(llm)
         try:
             yield talk
