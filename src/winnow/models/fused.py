@@ -19,6 +19,7 @@ from winnow.models.rotary import frequencies
 from winnow.models.stack import LayerWeights, Linear, LlamaStack, StackWalk
 from winnow.models.turning import PairRotary
 from winnow.models.walk import probe_attend
+from winnow.store.huge_pages import collapse
 from winnow.types import Attend, AttentionSpec, LayerWalk, Rotary
 
 __all__ = ["FusedModel"]
@@ -87,6 +88,8 @@ class FusedModel:
         )
         self._rotary = PairRotary(frequencies=inverse, first=0, interleaved=False)
         self._check()
+        if self.device.type == "cpu":
+            _in_huge_pages(self.stack)
 
     @torch.inference_mode()
     def forward(self, token_ids: Tensor, position_ids: Tensor, rows: Tensor, attend: Attend) -> Tensor:
@@ -191,6 +194,14 @@ def _fuse(layer: Any, spec: AttentionSpec) -> LayerWeights:
         down=_linear(mlp.down_proj),
         spec=spec,
     )
+
+
+def _in_huge_pages(stack: LlamaStack) -> None:
+    """Every token reads all weights once, so that looking up where they lie is worth saving."""
+    linears = [x for layer in stack.layers for x in (layer.qkv, layer.output, layer.gate_up, layer.down)]
+    for linear in (*linears, stack.head):
+        if linear.weight.is_contiguous():
+            collapse(linear.weight.data_ptr(), linear.weight.nbytes)
 
 
 def _linear(module: Any) -> Linear:

@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from winnow.store.huge_pages import Blocks
 from winnow.types import Tier
 
 __all__ = ["PAGE", "Arena", "DeviceArena", "DiskArena", "HostArena", "open_arena"]
@@ -26,7 +27,7 @@ PAGE = mmap.PAGESIZE
 """Bytes of a page of the operating system, the unit in which memory is held."""
 
 _NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)
-_HUGE = 2 << 20
+_BULK = 64  # pages: what a prompt adds to a head in one step, and a decoded token never does
 _MADV_REMOVE = 9  # punch a hole into a file mapping; not named by Python's mmap module
 
 
@@ -155,6 +156,25 @@ class HostArena(_Mapped):
                 "lower the capacity or raise `ulimit -v` and vm.max_map_count"
             ) from error
         super().__init__(mapping, heads, rows, stride, width, dtype)
+        self._blocks = Blocks(mapping, self.data.untyped_storage().data_ptr())
+
+    def discard(self, head: int, low: int, high: int) -> None:
+        if high > low:
+            begin = head * self._region
+            self._blocks.cut(begin + low * PAGE, begin + high * PAGE)
+        super().discard(head, low, high)
+
+    def close(self) -> None:
+        super().close()
+        self._blocks.clear()
+
+    def _fault(self, head: int, old_low: int, old_high: int, low: int, high: int) -> None:
+        # A block takes milliseconds, and those of all heads and layers fill up in the same step: while
+        # decoding nobody waits for them, the next prompt will.
+        if (high - low) - (old_high - old_low) >= _BULK:
+            begin = head * self._region
+            held = (begin + old_low * PAGE, begin + old_high * PAGE)
+            self._blocks.fill(begin + low * PAGE, begin + high * PAGE, held)
 
 
 class DiskArena(_Mapped):
