@@ -94,7 +94,8 @@ class Stats:
         Seconds; decoding starts where the first token ends.
     bytes_stored : dict
         KV bytes held when the request ended, by ``tier/codec``; side data of a selector is
-        ``host/index``; entries borrowed from a pool are ``host/shared``.
+        ``host/index``, what a compression remembers ``host/state``; entries borrowed from
+        a pool are ``host/shared``.
     bytes_read : dict
         KV bytes read while decoding, all steps together, by ``tier/codec``; what a selector
         scans to choose is ``host/index``.

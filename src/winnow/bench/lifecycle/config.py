@@ -82,7 +82,8 @@ class Config:
     peers : tuple of str
         See `winnow.bench.lifecycle.peers`.
     data : tuple of str
-        Published data beside or instead of the tasks: ``scbench:FILE``, ``ruler:FILE``, ``longbench:FILE``.
+        Published data beside or instead of the tasks: ``scbench:FILE``, ``ruler:FILE``, ``longbench:FILE``;
+        ``scbench-published:FILE`` scores as SCBench does.
     examples, turns : int
         Examples for each task and length (and of each file), and questions for each example.
     seed : int
