@@ -23,6 +23,7 @@ from winnow.bench.machine import describe, read_seconds
 from winnow.engine.request import SamplingParams
 from winnow.engine.sequence import Holder
 from winnow.engine.sequence import Sequence as Cached
+from winnow.engine.shared_blocks import Block, View, forward
 from winnow.engine.workers import Crew, Hogwild
 from winnow.kernels.backend import extension
 from winnow.models.embedded import documents as docs
@@ -37,6 +38,12 @@ COUNTS = (1, 2, 4)
 """Readers of one text."""
 
 _QUESTIONS = max(COUNTS)  # per document
+_ANSWER = 16  # tokens at most
+_TOLD = {
+    "a fact that nobody was told": None,
+    "a fact that the other reads in the same pass": 0,
+    "a fact that the other read before": 1,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -290,34 +297,50 @@ def _quality(llm: api.LLM, documents: int, tokens: int, seed: int, tell: Progres
                 for answer in _ask(llm, document.text, document.turns[first : first + workers])
             ]
             right.setdefault(("own questions", workers), []).append(answers)
-        for workers in (1, 2):
-            told = [_told(llm, document, i, workers) for i in range(_QUESTIONS)]
-            right.setdefault(("what only another worker was told", workers), []).append(told)
+        for kind, when in _TOLD.items():
+            told = [_told(llm, document, turn, when) for turn in document.turns]
+            right.setdefault((kind, 2), []).append(told)
     return [
         {"kind": kind, "workers": workers, "right": interval(of).to_dict(), "samples": of}
         for (kind, workers), of in right.items()
     ]
 
 
-def _ask(
-    llm: api.LLM, text: str, turns: Sequence[docs.Turn], before: Sequence[str] | None = None
-) -> list[float]:
-    """Whether each worker answers its question right; ``before`` is what a worker reads first."""
-    lines = before or [""] * len(turns)
-    headers = [f"{line}Q: {turn.question} A:" for line, turn in zip(lines, turns, strict=True)]
-    how = Hogwild(names=tuple(headers), header="{name}", step_end="")
-    texts = llm.workers(text, how, max_new_tokens=16).texts
+def _ask(llm: api.LLM, text: str, turns: Sequence[docs.Turn]) -> list[float]:
+    """Whether each worker answers its question right."""
+    headers = tuple(f"Q: {turn.question} A:" for turn in turns)
+    how = Hogwild(names=headers, header="{name}", step_end="")
+    texts = llm.workers(text, how, max_new_tokens=_ANSWER).texts
     return [float(docs.score(turn, got)) for turn, got in zip(turns, texts, strict=True)]
 
 
-def _told(llm: api.LLM, document: docs.Document, index: int, workers: int) -> float:
-    """Ask for a fact whose line was moved from the document to the other worker, where there is one."""
-    turn, other = document.turns[index], document.turns[index - 1]
+def _told(llm: api.LLM, document: docs.Document, turn: docs.Turn, when: int | None) -> float:
+    """Ask for a fact whose line was moved from the document to another worker.
+
+    That reads it ``when`` passes before the question is read, or never.
+    """
     first, last = turn.sources[0]
-    rest = document.text[:first] + document.text[last + 1 :]
-    if workers == 1:
-        return _ask(llm, rest, [turn])[0]
-    return _ask(llm, rest, [other, turn], [document.text[first : last + 1], ""])[1]
+    rest, line = document.text[:first] + document.text[last + 1 :], document.text[first : last + 1]
+    model, common, theirs, own = llm.model, *(Block(llm.model) for _ in range(3))
+    asked, other = View([common, theirs, own]), View([common, own, theirs])
+    written = llm.tokens(line, special=False)
+    question, out = llm.tokens(f"Q: {turn.question} A:", special=False), list[int]()
+    try:
+        forward(model, [View([common])], [llm.tokens(rest)])
+        if when == 1:
+            forward(model, [other], [written])
+        both = ([asked, other], [question, written]) if when == 0 else ([asked], [question])
+        logits_V = forward(model, *both)[0]
+        while len(out) < _ANSWER:
+            out.append(int(logits_V.argmax()))
+            if out[-1] in model.eos_token_ids:
+                break
+            logits_V = forward(model, [asked], [out[-1:]])[0]
+    finally:
+        for block in (common, theirs, own):
+            block.store.close()
+    assert llm.text is not None, "the embedded model has a tokenizer"
+    return float(docs.score(turn, llm.text.decode(out)))
 
 
 # ---------------------------------------------------------------------- tables
