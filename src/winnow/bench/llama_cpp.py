@@ -191,9 +191,10 @@ def _interleaved(weight: Tensor, head_dim: int) -> Tensor:
 
 def _rope_factors(module: Any) -> Tensor:
     """``[D / 2]``: by how much the model turns each pair of channels slower than its base alone says."""
-    config, frequencies_E = module.config, module.model.rotary_emb.inv_freq.float()
+    config = module.config
+    frequencies_E: Tensor = module.model.rotary_emb.inv_freq.float()
     steps_E = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
-    plain_E = float(config.rope_parameters["rope_theta"]) ** -steps_E
+    plain_E = torch.pow(float(config.rope_parameters["rope_theta"]), -steps_E)
     return plain_E / frequencies_E
 
 
