@@ -24,7 +24,7 @@ namespace {
 
 constexpr int64_t kAhead = 16384;             // bytes
 constexpr int64_t kRun = 2 * kLanes;         // channels that a pair of vectors holds
-constexpr int64_t kTile = 16;                // rows whose scales are worked out together
+constexpr int64_t kTile = 32;                // rows whose scales are worked out together
 constexpr int64_t kStreamBytes = 24 << 20;   // results beyond this do not fit the caches: write around them
 constexpr int64_t kSerialElements = 1 << 14;  // below this a second thread costs more than it gives
 
@@ -120,14 +120,15 @@ void bounds(const T* x, int64_t count, float& low, float& high) {
   for (int64_t i = 1; i < count; ++i) low = std::min(low, widen(x[i])), high = std::max(high, widen(x[i]));
 }
 
-template <class T>
-void bounds_of_pairs(const T* x, int64_t count, F& low, F& high) {
+template <bool one_run, class T>
+inline Bounds bounds_of_pairs(const T* x, int64_t count) {
   Pairs v = load_pairs(x);
-  low = least(v.even, v.odd), high = largest(v.even, v.odd);
-  for (int64_t i = 2 * kLanes; i < count; i += 2 * kLanes) {
+  Bounds of{least(v.even, v.odd), largest(v.even, v.odd)};
+  for (int64_t i = kRun; !one_run && i < count; i += kRun) {
     v = load_pairs(x + i);
-    low = least(least(v.even, v.odd), low), high = largest(largest(v.even, v.odd), high);
+    of = {least(least(v.even, v.odd), of.low), largest(largest(v.even, v.odd), of.high)};
   }
+  return of;
 }
 
 // Bounds of every channel over `rows` rows, `stride` elements apart; four rows share a pass over them.
@@ -381,30 +382,39 @@ void pack_rows(const QuantizeArgs& a, const Scratch& s, Rows p, const Codes& to)
   for (int64_t i = 0; i < p.last - p.first; ++i) pack(a.bits, s.codes.data() + i * a.width, a.width, to.row(i));
 }
 
-// The bounds of all groups of some rows, row by row.
-template <int bits, class T>
-void token_bounds(const QuantizeArgs& a, Scratch& s, Rows p) {
-  F low[kLanes], high[kLanes];
+template <class T>
+void token_bounds_one_by_one(const QuantizeArgs& a, Scratch& s, Rows p) {
   int64_t g = 0;
   for (int64_t r = p.first; r < p.last; ++r) {
     const T* x = row_of<const T>(a.x, p.outer, r);
-    for (int64_t c = 0; c < a.width; c += a.group, ++g) {
-      if (bits == 0) {
-        bounds(x + c, a.group, s.low[g], s.high[g]);
-        continue;
-      }
-      bounds_of_pairs(x + c, a.group, low[g % kLanes], high[g % kLanes]);
-      if (g % kLanes == kLanes - 1) {
-        reduce_each(low, least), reduce_each(high, largest);
-        store(&s.low[g + 1 - kLanes], low[0]), store(&s.high[g + 1 - kLanes], high[0]);
-      }
+    for (int64_t c = 0; c < a.width; c += a.group, ++g) bounds(x + c, a.group, s.low[g], s.high[g]);
+  }
+}
+
+template <bool one_run, class T>
+void token_bounds_of_runs(const QuantizeArgs& a, Scratch& s, Rows p) {
+  const T* at[kLanes];  // groups whose bounds are worked out together
+  int64_t g = 0;
+  const int64_t groups = (p.last - p.first) * (a.width / a.group);
+  for (int64_t r = p.first; r < p.last; ++r) {
+    const T* x = row_of<const T>(a.x, p.outer, r);
+    for (int64_t c = 0; c < a.width; c += a.group) {
+      at[g++ % kLanes] = x + c;
+      if (g % kLanes != 0 && g < groups) continue;
+      const int64_t first = (g - 1) / kLanes * kLanes;
+      std::fill(at + (g - first), at + kLanes, x + c);
+      const Bounds of = reduced<kLanes>([&](int i) { return bounds_of_pairs<one_run>(at[i], a.group); });
+      store(&s.low[first], of.low), store(&s.high[first], of.high);
     }
   }
-  if (bits != 0 && g % kLanes) {
-    std::fill(low + g % kLanes, low + kLanes, F{}), std::fill(high + g % kLanes, high + kLanes, F{});
-    reduce_each(low, least), reduce_each(high, largest);
-    store(&s.low[g / kLanes * kLanes], low[0]), store(&s.high[g / kLanes * kLanes], high[0]);
-  }
+}
+
+// The bounds of all groups of some rows, row by row.
+template <int bits, class T>
+void token_bounds(const QuantizeArgs& a, Scratch& s, Rows p) {
+  if (bits == 0) return token_bounds_one_by_one<T>(a, s, p);
+  if (a.group == kRun) return token_bounds_of_runs<true, T>(a, s, p);
+  token_bounds_of_runs<false, T>(a, s, p);
 }
 
 // One row of factors after the other, or all at once where they lie so.

@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <cstring>
 #include <initializer_list>
+#include <utility>
 
 #if WINNOW_ISA_avx512 || WINNOW_ISA_avx2
 #include <immintrin.h>
@@ -219,21 +220,45 @@ inline void store_pairs(float* p, Pairs v) {
   store(p + kLanes, shuffle(v.even, v.odd, lanes.high));
 }
 
-// Reduces each of kLanes vectors to one value: v[0] holds them in order. Depth first, so that what is
-// halfway stays in registers.
-template <int n, class Op>
-inline __attribute__((always_inline)) F reduced(const F* v, const Lanes& lanes, Op op) {
-  if constexpr (n == 1) {
-    return v[0];
+struct Bounds {
+  F low, high;
+};
+
+// One half of the lanes of two vectors, so that lanes of the other half, `odd`, belong to the same of the n
+// groups that the result will tell apart. Lanes keep to their 128 bits while they can: crossing them is slow.
+template <int n, int odd>
+constexpr int half_lane(int i) {
+  constexpr int kParts = kLanes / 4;  // of 128 bits
+  const int part = i / 4, lane = i % 4;
+  if constexpr (n == 2) {
+    return lane % 2 * kLanes + part * 4 + lane / 2 + 2 * odd;
+  } else if constexpr (n == 4) {
+    return lane / 2 * kLanes + part * 4 + lane % 2 + 2 * odd;
   } else {
-    const F a = reduced<n / 2>(v, lanes, op), b = reduced<n / 2>(v + n / 2, lanes, op);
-    return op(shuffle(a, b, lanes.even), shuffle(a, b, lanes.odd));
+    return part / (kParts / 2) * kLanes + (part % (kParts / 2) * 2 + odd) * 4 + lane;
   }
 }
-template <class Op>
-inline void reduce_each(F* v, Op op) {
-  const Lanes lanes;
-  v[0] = reduced<kLanes>(v, lanes, op);
+template <int n, int odd, int... i>
+inline F half(F a, F b, std::integer_sequence<int, i...>) {
+#if defined(__clang__)
+  return __builtin_shufflevector(a, b, half_lane<n, odd>(i)...);
+#else
+  return __builtin_shuffle(a, b, I{half_lane<n, odd>(i)...});
+#endif
+}
+
+// Smallest and largest value of each of n vectors, in order, of which `leaf` gives those at i, lane by lane.
+// Depth first, so that what is halfway stays in registers.
+template <int n, class Leaf>
+inline __attribute__((always_inline)) Bounds reduced(const Leaf& leaf, int i = 0) {
+  if constexpr (n == 1) {
+    return leaf(i);
+  } else {
+    constexpr std::make_integer_sequence<int, kLanes> lanes;
+    const Bounds a = reduced<n / 2>(leaf, i), b = reduced<n / 2>(leaf, i + n / 2);
+    return {least(half<n, 0>(a.low, b.low, lanes), half<n, 1>(a.low, b.low, lanes)),
+            largest(half<n, 0>(a.high, b.high, lanes), half<n, 1>(a.high, b.high, lanes))};
+  }
 }
 
 }  // namespace

@@ -137,7 +137,8 @@ struct Kth {
 class Selector {
  public:
   // Fetches what `run` reads first of a row of n scores: a few lines far apart, which take longer to arrive
-  // than a tenth of the row in one stream. (Inlined, because GCC drops calls that do nothing but fetch.)
+  // than a tenth of the row in one stream, and the beginning. (Inlined, because GCC drops calls that do nothing
+  // but fetch.)
   static inline __attribute__((always_inline)) void fetch(const float* x, int64_t n) {
     if (n < SAMPLE_FROM) return;
     for (int64_t i = 0; i < SAMPLE / RUN; ++i) {
@@ -145,6 +146,7 @@ class Selector {
       __builtin_prefetch(from, 0, 2);
       __builtin_prefetch(from + RUN - 1, 0, 2);
     }
+    for (int64_t i = 0; i < AHEAD; i += RUN) __builtin_prefetch(x + i, 0, 2);
   }
 
   // Indices of the k largest of x[0..n), ascending; returns how many there were. The row that comes next,
