@@ -29,7 +29,7 @@ from winnow.store import files
 from winnow.store.sequence import SequenceStore
 from winnow.types import Demotion, LanguageModel, Plan
 
-__all__ = ["FORMS", "run", "table"]
+__all__ = ["FORMS", "markdown", "run", "table"]
 
 # Codec of the entries, and whether the file is packed.
 FORMS: dict[str, tuple[str, bool]] = {
@@ -164,3 +164,26 @@ def table(report: dict[str, Any]) -> Table:
                 f"{size / median(figures['plain_write_seconds']) / 1e6:.0f}",
             )
     return shown
+
+
+def markdown(report: dict[str, Any], source: str) -> str:
+    """The same for a page."""
+    lines = [
+        "| model | form | file, of raw entries | write MB/s | read MB/s | plain file, write MB/s |",
+        "|---|---|---|---|---|---|",
+    ]
+    for model, one in report["models"].items():
+        raw = one["entries_bytes"]
+        for form, figures in one["forms"].items():
+            size = figures["file_bytes"]
+            speeds = (
+                raw / median(figures["write_seconds"]),
+                raw / median(figures["read_seconds"]),
+                size / median(figures["plain_write_seconds"]),
+            )
+            cells = (model, form, f"{size / raw:.0%}", *(f"{speed / 1e6:.0f}" for speed in speeds))
+            lines.append("| " + " | ".join(cells) + " |")
+    machine, config = report["machine"], report["config"]
+    command = f"{report['command']} --tokens {config['tokens']} --rounds {config['rounds']} --out {source}"
+    lines += ["", f"{machine['cpu']['name']}, {machine['cores']} cores; `{command}`"]
+    return "\n".join(lines)
