@@ -23,6 +23,7 @@ from winnow.kernels.prefill import prefill
 from winnow.kernels.quantize import Axis, Quantized, dequantize, quantize
 from winnow.kernels.top_k import top_k
 from winnow.store.arena import open_arena
+from winnow.store.huge_pages import collapse
 from winnow.types import AttentionSpec, Blocks, Dense, Form, Segment, Selection, Stripes, Window
 
 __all__ = ["OPS", "Contender", "Group", "groups"]
@@ -84,6 +85,12 @@ class Group:
 
 def _normal(*shape: int) -> Tensor:
     return torch.empty(*shape, dtype=torch.bfloat16).normal_()
+
+
+def _settled(tensor: Tensor) -> Tensor:
+    """In huge pages, as the engine holds entries and weights: for every contender that reads it."""
+    collapse(tensor.data_ptr(), tensor.nbytes)
+    return tensor
 
 
 def _stored(heads: int, entries: int, dim: int) -> Tensor:
@@ -259,7 +266,7 @@ def _decode(entries: int) -> Group:
         return attend(Selection(indices=found, counts=counts))
 
     # PyTorch gets what suits it: with gaps between heads its products take many times as long.
-    k_HSD, v_HSD = k_HCD.contiguous(), v_HCD.contiguous()
+    k_HSD, v_HSD = _settled(k_HCD.contiguous()), _settled(v_HCD.contiguous())
 
     def folded_matmul() -> object:
         logits = torch.matmul(q_HGD, k_HSD.transpose(1, 2)).mul_(spec.scale)
@@ -358,7 +365,7 @@ def _decode(entries: int) -> Group:
 def _matvec(inner: int, outer: int, memory: int) -> Group:
     """Several weights of the shape, together beyond any cache, are read in turn."""
     copies = max(1, memory // (2 * inner * outer))
-    weights = [_normal(outer, inner) for _ in range(copies)]
+    weights = [_settled(_normal(outer, inner)) for _ in range(copies)]
     # The same memory again as 8-bit weights: what codes hold does not change how fast they are read.
     codes = quantize_weight(weights[0])
     narrow = [
