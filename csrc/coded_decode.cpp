@@ -55,6 +55,7 @@ class Worker {
       : a_(args),
         dim_(static_cast<int>(args.dim)),
         rank_(static_cast<int>(args.rank)),
+        fours_((rank_ + 3) / 4 * 4),
         more_((rank_ + 15) / 16 * 16),
         width_(dim_ + more_),
         group_(static_cast<int>(args.dim / args.values)),
@@ -62,8 +63,11 @@ class Worker {
         passes_(static_cast<size_t>((args.group + HEADS - 1) / HEADS)) {
     for (Pass& pass : passes_) pass.sums.resize(static_cast<size_t>(args.values));
     for (int i = 0; i < BLOCK; ++i) std::fill(rows_ + i * width_ + dim_ + rank_, rows_ + (i + 1) * width_, T{});
-    k_right_.resize(static_cast<size_t>(dim_ * rank_));
-    v_right_.resize(static_cast<size_t>(dim_ * rank_));
+    left_.resize(static_cast<size_t>(BLOCK * fours_));
+    k_right_.resize(static_cast<size_t>(dim_ * fours_));
+    v_right_.resize(static_cast<size_t>(dim_ * fours_));
+    for (int channel = 0; channel < width_; channel += channel < dim_ ? group_ : more_)
+      for (int i = 0; i < BLOCK; ++i) pointers_.push_back(rows_ + i * width_ + channel);
   }
 
   // `result` gets {maximum, sum, weighted sum[D]} per query head; returns visible entries.
@@ -117,6 +121,7 @@ class Worker {
         pass.q[g][d] = pass.q_channel[d][g] = g < pass.heads ? to_float(q[g * dim_ + d]) * a_.scale : 0.f;
     pass.running.clear();
     std::memset(pass.done, 0, sizeof pass.done);
+    std::memset(&pass.queries, 0, sizeof pass.queries);
     clear(pass);
   }
 
@@ -133,6 +138,12 @@ class Worker {
     for (int i = 0; i < n; ++i) to[i] = to_float(from[i]);
   }
 
+  // Rows of a right factor, filled up to whole fours.
+  void widen_right(const Plane& plane, int64_t batch, std::vector<float>& to) const {
+    const bf16* from = row_of<bf16>(plane, head_, batch);
+    for (int d = 0; d < dim_; ++d) widen(from + d * rank_, rank_, to.data() + d * fours_);
+  }
+
   // The numbers of a page's codes, and behind each row that of the left factor.
   void block(const Plane& codes, const Plane& left, int64_t page) {
     const int64_t entry = page * BLOCK;
@@ -140,15 +151,15 @@ class Worker {
     if (!rank_) return;
     for (int i = 0; i < BLOCK; ++i) {
       const bf16* from = row_of<bf16>(left, head_, entry + i);
-      for (int j = 0; j < rank_; ++j) exactly(to_float(from[j]), rows_ + i * width_ + dim_ + j);
+      for (int j = 0; j < rank_; ++j) {
+        left_[static_cast<size_t>(i * fours_ + j)] = to_float(from[j]);
+        exactly(to_float(from[j]), rows_ + i * width_ + dim_ + j);
+      }
     }
   }
 
-  // Rows of the block from a channel on.
-  const T* const* rows_from(int channel) {
-    for (int i = 0; i < BLOCK; ++i) pointers_[i] = rows_ + i * width_ + channel;
-    return pointers_;
-  }
+  // Rows of the block from the n-th group of channels on; behind the last is the left factor.
+  const T* const* rows_from(int64_t n) const { return pointers_.data() + n * BLOCK; }
 
   // ---------------------------------------------------------------- keys
 
@@ -173,7 +184,7 @@ class Worker {
   void key_factors(int64_t page) {
     const int64_t batch = batch_of(page);
     const bool other = batch != k_batch_;
-    if (other && rank_) widen(row_of<bf16>(a_.k_right, head_, batch), dim_ * rank_, k_right_.data());
+    if (other && rank_) widen_right(a_.k_right, batch, k_right_);
     k_batch_ = batch;
     if (other && rank_)
       for (Pass& pass : passes_) project(pass);
@@ -205,14 +216,13 @@ class Worker {
     for (int g = 0; g < HEADS; ++g) {
       std::fill(pass.projected[g], pass.projected[g] + more_, 0.f);
       for (int d = 0; d < dim_; ++d)
-        for (int j = 0; j < rank_; ++j) pass.projected[g][j] += pass.q[g][d] * k_right_[d * rank_ + j];
+        for (int j = 0; j < rank_; ++j) pass.projected[g][j] += pass.q[g][d] * k_right_[d * fours_ + j];
     }
   }
 
   void load_queries(Pass& pass, const float* scale) {
-    alignas(64) T q[HEADS * MAX_DIM];
     for (int g = 0; g < pass.heads; ++g) {
-      T* to = q + g * width_;
+      auto* to = pass.queries.q[g];
       const float* from = pass.q[g];
       if (scale) {
         for (int d = 0; d < dim_; ++d) rounded(from[d] * scale[d], to + d);
@@ -221,25 +231,27 @@ class Worker {
       }
       for (int j = 0; j < more_; ++j) rounded(pass.projected[g][j], to + dim_ + j);
     }
-    pass.queries.load(q, pass.heads, width_);
   }
 
   // The number at a channel of a row of the block, as everything but extremes has it.
-  float without_extremes(int entry, int channel, float scale, float shift, const float* right) const {
-    const T* row = rows_ + entry * width_;
-    float value = to_float(row[channel]) * scale + shift;
-    for (int j = 0; j < rank_; ++j) value += to_float(row[dim_ + j]) * right[channel * rank_ + j];
-    return value;
+  float without_extremes(int entry, int channel, float scale, float shift, const std::vector<float>& right) const {
+    Four lost{};
+    for (int j = 0; j < fours_; j += 4)
+      lost += load_four(left_.data() + entry * fours_ + j) * load_four(right.data() + channel * fours_ + j);
+    return to_float(rows_[entry * width_ + channel]) * scale + shift + ((lost[0] + lost[1]) + (lost[2] + lost[3]));
   }
 
   void correct_keys(Pass& pass, int64_t page, float* x) {
     const T* extremes = row_of<T>(a_.k_extremes, head_, page);
     const uint8_t* where = row_of<uint8_t>(a_.k_where, head_, page);
-    for (int i = 0; i < 2 * dim_; ++i) {
-      const int d = i % dim_, entry = where[i];
-      if (i >= dim_ && entry == where[d]) continue;  // of equal values the largest is the smallest, too
-      const float more = to_float(extremes[i]) - without_extremes(entry, d, scale_[d], shift_[d], k_right_.data());
+    const auto correct = [&](int d, int i) {
+      const int entry = where[i];
+      const float more = to_float(extremes[i]) - without_extremes(entry, d, scale_[d], shift_[d], k_right_);
       store_four(x + entry * HEADS, load_four(x + entry * HEADS) + load_four(pass.q_channel[d]) * more);
+    };
+    for (int d = 0; d < dim_; ++d) {
+      correct(d, d);
+      if (where[d + dim_] != where[d]) correct(d, d + dim_);  // else of equal values, it is the same one
     }
   }
 
@@ -258,26 +270,26 @@ class Worker {
       if (v_batch_ >= 0)
         for (Pass& pass : passes_) collect(pass);
       v_batch_ = batch;
-      if (rank_) widen(row_of<bf16>(a_.v_right, head_, batch), dim_ * rank_, v_right_.data());
+      if (rank_) widen_right(a_.v_right, batch, v_right_);
     }
     block(a_.v_codes, a_.v_left, page);
     for (int n = 0; n < a_.values; ++n) {
       value_factors(entry, n);
-      const T* const* rows = rows_from(n * group_);
+      const T* const* rows = rows_from(n);
       for (Pass& pass : passes_) {
         const float* p = pass.logits + slot * BLOCK * HEADS;
         alignas(64) float weighted[BLOCK * HEADS];
         Vec shifts = pass.shifts[n];
         for (int i = 0; i < BLOCK * HEADS; i += LANES) {
           store(weighted + i, load(p + i) * load(by_ + i));
-          shifts += load(p + i) * load(and_ + i);
+          if (a_.v_zero.data) shifts += load(p + i) * load(and_ + i);
         }
         pass.shifts[n] = shifts;
         tile_values<T>(pass.sums[n], weighted, rows, nullptr, BLOCK, pass.heads, group_);
       }
     }
     if (rank_) {
-      const T* const* rows = rows_from(dim_);
+      const T* const* rows = rows_from(a_.values);
       for (Pass& pass : passes_)
         tile_values<T>(pass.left, pass.logits + slot * BLOCK * HEADS, rows, nullptr, BLOCK, pass.heads, more_);
     }
@@ -285,18 +297,23 @@ class Worker {
       for (Pass& pass : passes_) correct_values(pass, entry, pass.logits + slot * BLOCK * HEADS);
   }
 
-  float v_scale(int64_t entry, int n) const { return to_float(row_of<bf16>(a_.v_scale, head_, entry)[n]); }
-  float v_shift(int64_t entry, int n, float scale) const {
-    return a_.v_zero.data ? to_float(row_of<bf16>(a_.v_zero, head_, entry)[n]) + middle_ * scale : 0.f;
+  // Column n of the factors of a page's entries.
+  void column(const Plane& plane, int64_t entry, int n, float* to) const {
+    const bf16* from = row_of<bf16>(plane, head_, entry) + n;
+    if (plane.row_stride == 1) return widen(from, BLOCK, to);
+    for (int i = 0; i < BLOCK; ++i) to[i] = to_float(from[i * plane.row_stride]);
   }
 
-  // Of a group of channels the scale and zero of every entry of a page, once per query head.
+  // Of a group of channels the scale and zero of every entry of a page, and both once per query head.
   void value_factors(int64_t entry, int n) {
-    for (int i = 0; i < BLOCK; ++i) {
-      const float scale = v_scale(entry + i, n), shift = v_shift(entry + i, n, scale);
-      store_four(by_ + i * HEADS, Four{} + scale);
-      store_four(and_ + i * HEADS, Four{} + shift);
+    float *scale = v_scale_[n], *shift = v_shift_[n];
+    column(a_.v_scale, entry, n, scale);
+    if (a_.v_zero.data) {
+      column(a_.v_zero, entry, n, shift);
+      for (int i = 0; i < BLOCK; ++i) shift[i] += middle_ * scale[i];
+      spread(shift, and_);
     }
+    spread(scale, by_);
   }
 
   void correct_values(Pass& pass, int64_t first, const float* p) {
@@ -305,8 +322,8 @@ class Worker {
       const uint8_t* where = row_of<uint8_t>(a_.v_where, head_, first + i);
       for (int m = 0; m < (where[0] == where[1] ? 1 : 2); ++m) {
         const int channel = where[m], n = channel / group_;
-        const float scale = v_scale(first + i, n), shift = v_shift(first + i, n, scale);
-        const float more = to_float(extremes[m]) - without_extremes(i, channel, scale, shift, v_right_.data());
+        const float known = without_extremes(i, channel, v_scale_[n][i], v_shift_[n][i], v_right_);
+        const float more = to_float(extremes[m]) - known;
         float* to = pass.sparse[channel];
         store_four(to, load_four(to) + load_four(p + i * HEADS) * more);
       }
@@ -336,7 +353,7 @@ class Worker {
       }
       if (rank_) pass.left.natural(left, g, more_);
       for (int d = 0; d < dim_; ++d) {
-        for (int j = 0; j < rank_; ++j) value[d] += left[j] * v_right_[d * rank_ + j];
+        for (int j = 0; j < rank_; ++j) value[d] += left[j] * v_right_[d * fours_ + j];
         if (channel) value[d] *= to_float(channel[d]);
         if (a_.v_extremes.data) value[d] += pass.sparse[d][g];
         pass.done[g][d] += value[d];
@@ -346,14 +363,15 @@ class Worker {
   }
 
   const CodedArgs& a_;
-  const int dim_, rank_, more_, width_, group_;  // more_: channels of the left factor, filled up to 16
+  const int dim_, rank_, fours_, more_, width_, group_;  // channels of the left factor filled up to fours, to 16 more_
   const float middle_;
   int64_t head_ = 0, k_row_ = -1, k_batch_ = -1, v_batch_ = -1;
   std::vector<Pass> passes_;
-  std::vector<float> k_right_, v_right_;
-  const T* pointers_[BLOCK];
+  std::vector<float> left_, k_right_, v_right_;  // rows of fours_; left_ is of the page that is at work
+  std::vector<const T*> pointers_;
   alignas(64) T rows_[BLOCK * MAX_DIM];  // the page that is at work
   alignas(64) float scale_[MAX_DIM], shift_[MAX_DIM];  // of K's channels; the scales of entries where K has those
+  float v_scale_[MAX_DIM / 16][BLOCK], v_shift_[MAX_DIM / 16][BLOCK] = {};
   alignas(64) float by_[BLOCK * HEADS], and_[BLOCK * HEADS];
   float down_[LANES];
 };

@@ -42,28 +42,30 @@ struct Lookup {
   }
 };
 
+// The bytes of `count` channels, 32 or 16, in the low half of a register.
 template <int bits>
-inline void numbers_avx512(const uint8_t* codes, int dim, bf16* to) {
+inline __m128i bytes_of(const uint8_t* codes, int count) {
+  if (count * bits == 128) return _mm_loadu_si128((const __m128i*)codes);
+  if (count * bits == 64) return _mm_loadl_epi64((const __m128i*)codes);
+  int32_t four;
+  std::memcpy(&four, codes, 4);
+  return _mm_cvtsi32_si128(four);
+}
+
+template <int bits>
+inline void numbers_avx512(const uint8_t* codes, int64_t from, int dim, bf16* rows, int to) {
   static const Lookup<bits> lookup;
   const __m512i byte = _mm512_load_si512(lookup.byte), shift = _mm512_load_si512(lookup.shift);
   const __m512i number = _mm512_load_si512(lookup.number);
-  for (int d = 0; d < dim; d += 32) {
-    const __mmask32 there = dim - d >= 32 ? 0xffffffffu : (1u << (dim - d)) - 1;
-    const auto bytes = static_cast<__mmask16>((1u << std::min(32, dim - d) * bits / 8) - 1);
-    const __m512i row = _mm512_castsi128_si512(_mm_maskz_loadu_epi8(bytes, codes + d * bits / 8));
-    const __m512i place = _mm512_srlv_epi16(_mm512_permutexvar_epi8(byte, row), shift);
-    _mm512_mask_storeu_epi16(to + d, there, _mm512_permutexvar_epi16(place, number));
+  const auto at = [&](const uint8_t* row, int count) {
+    const __m512i found = _mm512_permutexvar_epi8(byte, _mm512_castsi128_si512(bytes_of<bits>(row, count)));
+    return _mm512_permutexvar_epi16(_mm512_srlv_epi16(found, shift), number);
+  };
+  for (int i = 0; i < BLOCK; ++i, codes += from, rows += to) {
+    int d = 0;
+    for (; d + 32 <= dim; d += 32) _mm512_storeu_si512(rows + d, at(codes + d * bits / 8, 32));
+    if (d < dim) _mm256_storeu_si256((__m256i*)(rows + d), _mm512_castsi512_si256(at(codes + d * bits / 8, 16)));
   }
-}
-
-template <>
-inline void numbers<4, bf16>(const uint8_t* codes, int dim, bf16* to) {
-  numbers_avx512<4>(codes, dim, to);
-}
-
-template <>
-inline void numbers<2, bf16>(const uint8_t* codes, int dim, bf16* to) {
-  numbers_avx512<2>(codes, dim, to);
 }
 
 template <>
@@ -80,13 +82,35 @@ inline void numbers<8, bf16>(const uint8_t* codes, int dim, bf16* to) {
 
 // BLOCK rows of codes, `from` bytes apart, as rows `to` elements apart.
 template <typename T>
-void numbers_of(int bits, const uint8_t* codes, int64_t from, int dim, T* rows, int to) {
+inline void numbers_of(int bits, const uint8_t* codes, int64_t from, int dim, T* rows, int to) {
   const auto all = [&](auto one) {
     for (int i = 0; i < BLOCK; ++i) one(codes + i * from, dim, rows + i * to);
   };
   if (bits == 8) return all(numbers<8, T>);
   if (bits == 4) return all(numbers<4, T>);
   all(numbers<2, T>);
+}
+
+#if WINNOW_ISA_avx512
+template <>
+inline void numbers_of<bf16>(int bits, const uint8_t* codes, int64_t from, int dim, bf16* rows, int to) {
+  if (bits == 4) return numbers_avx512<4>(codes, from, dim, rows, to);
+  if (bits == 2) return numbers_avx512<2>(codes, from, dim, rows, to);
+  for (int i = 0; i < BLOCK; ++i) numbers<8>(codes + i * from, dim, rows + i * to);
+}
+#endif
+
+// Every one of BLOCK numbers HEADS times.
+inline void spread(const float* from, float* to) {
+#if WINNOW_ISA_avx512
+  const __m512i four = _mm512_srli_epi32(_mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15), 2);
+  for (int i = 0; i < BLOCK; i += 4) {
+    const __m512 x = _mm512_castps128_ps512(_mm_loadu_ps(from + i));
+    _mm512_storeu_ps(to + i * HEADS, _mm512_permutexvar_ps(four, x));
+  }
+#else
+  for (int i = 0; i < BLOCK; ++i) std::fill(to + i * HEADS, to + (i + 1) * HEADS, from[i]);
+#endif
 }
 
 }  // namespace
