@@ -11,8 +11,10 @@ import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 from typing import Any
 
+from winnow.bench import files
 from winnow.bench.output import insert
 
 __all__ = ["TABLES", "Place", "chunks", "draw", "lifecycle", "main", "markdown", "workers", "workers_answers"]
@@ -210,7 +212,7 @@ class Place:
         return insert(page, self.mark, self.written(json.loads(source.read_text("utf-8")), self.source))
 
 
-_METHODS = "docs/guide/methods.md"
+_METHODS, _GENERATION = "docs/guide/methods.md", "docs/guide/generation.md"
 TABLES = (
     Place(page="README.md", mark="demo", source=f"{RESULTS}/demo.json", written=markdown),
     Place(page="README.md", mark="lifecycle", source=f"{RESULTS}/lifecycle.json", written=lifecycle),
@@ -265,3 +267,9 @@ def main(root: Path) -> None:
 
 if __name__ == "__main__":
     main(Path.cwd())
+    Place(
+        page="docs/decisions/0006-packed-pools.md",
+        mark="files",
+        source=f"{RESULTS}/files.json",
+        written=files.markdown,
+    ),
