@@ -145,6 +145,9 @@ def test_prompts_stand_before_the_text_and_their_tokens_may_be_left_out() -> Non
     [
         (lambda d: (d / "modules.json").unlink(), "without modules.json"),
         (lambda d: (d / "modules.json").write_text("{"), "cannot be read"),
+        (lambda d: (d / "modules.json").write_text('{"a": 1}'), "is damaged"),
+        (lambda d: (d / "modules.json").write_text('[{"path": ""}]'), "is damaged"),
+        (lambda d: (d / "1_Pooling" / "config.json").write_text("[]"), "is damaged"),
         (lambda d: (d / "1_Pooling" / "config.json").unlink(), "is missing"),
         (
             lambda d: (d / "1_Pooling" / "config.json").write_text('{"pooling_mode": "attention"}'),

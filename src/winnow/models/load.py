@@ -227,9 +227,12 @@ def _pooling(source: str, config: Any, *, offline: bool) -> Pooling | str:
     """How the model embeds texts, or why it does not."""
     try:
         return read_pooling(source, config, offline=offline)
-    except ValueError as reason:
-        _log.debug("%s does not embed texts: %s", source, reason)
-        return str(reason)
+    except (AttributeError, KeyError, TypeError) as error:
+        reason = f"its modules.json, or a file that belongs to it, is damaged ({error})"
+    except ValueError as error:
+        reason = str(error)
+    _log.debug("%s does not embed texts: %s", source, reason)
+    return reason
 
 
 def _tokenizer(source: str, *, offline: bool) -> Text | None:

@@ -305,5 +305,5 @@ def _modes(pooled: Mapping[str, Any]) -> tuple[str, ...]:
 
 def _shorter(config: Any, dimensions: int) -> range | tuple[int, ...]:
     if listed := getattr(config, "matryoshka_dimensions", None):
-        return tuple(sorted(int(one) for one in listed))
+        return tuple(sorted(int(one) for one in listed if 0 < one < dimensions))
     return range(1, dimensions) if getattr(config, "is_matryoshka", False) else ()
