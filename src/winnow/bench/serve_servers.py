@@ -119,7 +119,8 @@ def start(
         return Start(
             command=[pythons["vllm"], "-m", "vllm.entrypoints.openai.api_server", *words],
             port=port,
-            environment={"VLLM_CPU_KVCACHE_SPACE": "4"},
+            # By default it leaves one core to the rest of the machine; the others leave none.
+            environment={"VLLM_CPU_KVCACHE_SPACE": "4", "VLLM_CPU_NUM_OF_RESERVED_CPU": "0"},
         )
     program = shutil.which("transformers", path=str(Path(sys.executable).parent)) or "transformers"
     # Its own default takes nine tenths of the machine for the cache, used or not.
