@@ -156,7 +156,7 @@ class PermutedBlocks:
         H, S = order_HS.shape
         N, R, C = ctx.q.shape[1], rows_R.numel(), S // self.block
         q_HQD = _means(ctx.q, self.block).transpose(0, 1).reshape(H, -1, ctx.q.shape[2])
-        k_HCD = permuted.k[:, :S].unflatten(1, (C, self.block)).mean(2, dtype=torch.float32)
+        k_HCD = permuted.k[:, :S].view(H, C, self.block, -1).mean(2, dtype=torch.float32)
         logits_NRC = (q_HQD @ k_HCD.transpose(1, 2)).view(N, R, C) * ctx.spec.scale
         allowed_RC = (torch.arange(C) * self.block < rows_R[:, None]).to(ctx.q.device)
         p_NRC = logits_NRC.masked_fill(~allowed_RC, -torch.inf).softmax(-1).nan_to_num(0.0)
@@ -211,7 +211,7 @@ def _means(q_TND: Tensor, block: int) -> Tensor:
     parts = [q_TND[:whole]]
     if whole < q_TND.shape[0]:
         parts.append(functional.pad(q_TND[whole:], (0, 0, 0, 0, 0, whole + block - q_TND.shape[0])))
-    return torch.cat([x.unflatten(0, (-1, block)).mean(1, dtype=torch.float32) for x in parts if len(x)])
+    return torch.cat([x.view(-1, block, *x.shape[1:]).mean(1, dtype=torch.float32) for x in parts if len(x)])
 
 
 def _fewest(p_NRC: Tensor, share: float) -> Tensor:
