@@ -199,6 +199,27 @@ def test_the_least_recently_used_go_first(model, tmp_path):
     pool.close()
 
 
+def test_the_size_limit_holds_while_a_file_takes_its_name(model, tmp_path, monkeypatch):
+    pool = opened(model, tmp_path)
+    answer(model, pool, prompt(300, 0))
+    pool.close()
+    limit, most = 3 * pool.bytes_on_disk(), 0
+    replace = os.replace
+
+    def watched(source, target) -> None:
+        nonlocal most
+        replace(source, target)
+        most = max(most, sum(f.stat().st_size for f in tmp_path.iterdir()))
+
+    monkeypatch.setattr(os, "replace", watched)
+    pool = opened(model, tmp_path, limit=limit)
+    for seed in range(8):
+        answer(model, pool, prompt(300, seed))
+        pool.flush()
+    pool.close()
+    assert limit / 2 < most <= limit
+
+
 @pytest.mark.parametrize("damage", ["short", "flipped", "foreign", "header", "part"])
 def test_damage_is_dropped_and_the_rest_served(model, tmp_path, damage):
     pool = opened(model, tmp_path)

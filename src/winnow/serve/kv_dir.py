@@ -240,8 +240,9 @@ class FilePool:
             _File(path=path, size=size, memory=memory, codec=codec, used=path.stat().st_mtime, pages=pages)
         )
 
-    def _shrink(self) -> None:
-        total = sum(file.size for file in self._files.values())
+    def _shrink(self, coming: int = 0) -> None:
+        """Remove the files that were not used for longest until the rest, and ``coming`` bytes, fit."""
+        total = sum(file.size for file in self._files.values()) + coming
         for file in sorted(self._files.values(), key=lambda one: one.used):
             if total <= self._limit:
                 return
@@ -312,6 +313,8 @@ class FilePool:
                 memory = _bytes_back(store)
                 if memory > self._limit:
                     return  # the newest file would drive out every other, and then go itself
+                with self._mutex:  # before the file is there: the limit holds at every moment
+                    self._shrink(memory)
                 header = {"pages": [digest.hex() for digest in pages], "memory": memory, "codec": codec}
                 files.save(store, path, header, packed=True)
         finally:
