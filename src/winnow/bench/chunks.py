@@ -150,7 +150,7 @@ def run(
     contenders: list[str] | None = None,
     tokens: int = 1024,
     pieces: int = 8,
-    questions: int = 102,
+    questions: int = 60,
     turns: int = 6,
     seed: int = 1,
     progress: Progress | None = None,

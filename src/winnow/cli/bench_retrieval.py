@@ -24,7 +24,7 @@ def chunks(
     ] = None,
     tokens: Annotated[int, typer.Option(help="Length of each document.")] = 1024,
     pieces: Annotated[int, typer.Option(help="Chunks of a document.")] = 8,
-    questions: Annotated[int, typer.Option(help="At least so many of each kind; orders, if random.")] = 102,
+    questions: Annotated[int, typer.Option(help="At least so many of each kind; orders, if random.")] = 60,
     turns: Annotated[int, typer.Option(help="Most questions for each document.")] = 6,
     seed: Seed = 1,
     out: Out = None,

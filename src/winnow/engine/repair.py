@@ -233,14 +233,13 @@ class _Blending:
         rotary = self._rotaries[layer]
         keys, values = [], []
         for one in self._placed:
-            segment = one.chunk.store.decoded(layer)
-            k_HnD = segment.k[:, : one.chunk.tokens]
+            k_HnD, v_HnD = _decoded(one.chunk, layer)
             by = one.position - one.chunk.start
             if rotary is not None and by:
                 # Always from the stored original: turns in a chain would add up their roundings.
                 k_HnD = rotary.turn(k_HnD, torch.full((one.chunk.tokens,), by, device=k_HnD.device))
             keys.append(k_HnD.transpose(0, 1))
-            values.append(segment.v[:, : one.chunk.tokens].transpose(0, 1))
+            values.append(v_HnD.transpose(0, 1))
         return torch.cat(keys), torch.cat(values)
 
     def _attend(self, at_N: Tensor) -> Callable[[int, Tensor, Tensor, Tensor, AttentionSpec], Tensor]:
@@ -263,5 +262,15 @@ class _Blending:
         return attend
 
 
-def _joined(parts: list[Tensor]) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
+def _joined(parts: list[Tensor], dim: int = 0) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
+
+
+def _decoded(chunk: Chunk, layer: int) -> tuple[Tensor, Tensor]:
+    """Keys and values ``[H, n, D]`` of a chunk: its coded pages, and behind them what is left raw."""
+    parts = [segment.decode() for segment in chunk.store.segments(layer)]
+    sizes = [int(part.lengths[0]) for part in parts]  # every head holds every token
+    return (
+        _joined([part.k[:, :n] for part, n in zip(parts, sizes, strict=True)], 1),
+        _joined([part.v[:, :n] for part, n in zip(parts, sizes, strict=True)], 1),
+    )
