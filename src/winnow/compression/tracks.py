@@ -50,7 +50,8 @@ class Tracks:
             ``[H, S]`` to read and to write in place, ``S`` the longest head. What lies behind the end of
             a shorter head has ``fill``.
         """
-        held, longest = lengths.tolist(), int(lengths.max())
+        held = lengths.tolist()
+        longest = max(held)
         table = self.reserve(layer, len(held), longest)
         before = self.lengths.get(layer, [0] * len(held))
         assert all(a <= b for a, b in zip(before, held, strict=True)), (

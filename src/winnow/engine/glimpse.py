@@ -74,7 +74,7 @@ def _glimpse(
 ) -> Glimpse:
     if len(segments) == 1:
         lengths = segments[0].lengths.cpu()
-        mass_HS = parts[0][:, : int(lengths.max())]
+        mass_HS = parts[0][:, : max(lengths.tolist())]
     else:
         lengths_sH = torch.stack([segment.lengths for segment in segments]).cpu()
         lengths, mass_HS = lengths_sH.sum(0, dtype=torch.int32), _ascending(segments, parts, lengths_sH)

@@ -66,7 +66,7 @@ def decode_mass(
 
 def longest(segment: Segment) -> int:
     """Entries of the head that holds the most."""
-    return int(segment.lengths.max()) if segment.heads else 0
+    return max(segment.lengths.tolist(), default=0)
 
 
 def _native() -> ModuleType:
