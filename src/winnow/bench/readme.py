@@ -17,7 +17,19 @@ from typing import Any
 from winnow.bench import files
 from winnow.bench.output import insert
 
-__all__ = ["TABLES", "Place", "chunks", "draw", "lifecycle", "main", "markdown", "workers", "workers_answers"]
+__all__ = [
+    "TABLES",
+    "Place",
+    "chunks",
+    "draw",
+    "lifecycle",
+    "main",
+    "markdown",
+    "prefill",
+    "tasks",
+    "workers",
+    "workers_answers",
+]
 
 RESULTS = "benchmarks/results"
 
@@ -79,12 +91,13 @@ def lifecycle(summary: dict[str, Any], source: str) -> str:
         )
         lines.append("| " + " | ".join(cells) + " |")
     lengths = ", ".join(str(length) for length in config["lengths"])
+    took = f" in {summary['seconds'] / 60:.1f} minutes" if summary.get("seconds") else ""
     lines += [
         "",
         f"Right answers, 95 % bootstrap intervals over examples: {len(config['tasks'])} tasks at {lengths} "
         f"tokens, {config['examples']} examples each with {config['turns']} questions, on the model "
         f"`{config['model']}`; costs in per cent of full attention, in a conversation of all turns; "
-        f"{machine['cpu']['name']}, {machine['cores']} cores. Made by `winnow bench lifecycle`; "
+        f"{machine['cpu']['name']}, {machine['cores']} cores. Made by `winnow bench lifecycle`{took}; "
         f"raw samples in `{source}`.",
     ]
     return "\n".join(lines)
@@ -94,6 +107,45 @@ def _right(score: dict[str, Any] | None) -> str:
     if score is None:
         return ""
     return f"{score['mean']:.0%} ({100 * score['low']:.0f} to {100 * score['high']:.0f})"
+
+
+def tasks(summary: dict[str, Any], source: str) -> str:
+    """Right answers of a lifecycle run, task by task, as a Markdown table."""
+    config, rows = summary["config"], summary["rows"]
+    lines = [f"| recipe | {' | '.join(config['tasks'])} |", "|---|" + "---:|" * len(config["tasks"])]
+    for row in rows:
+        means = (row["scores"]["task"][task]["mean"] for task in config["tasks"])
+        lines.append(f"| `{row['system']}` | {' | '.join(f'{mean:.0%}' for mean in means)} |")
+    questions = rows[0]["scores"]["all"]["turns"] // len(config["tasks"])
+    lengths = ", ".join(map(str, config["lengths"]))
+    told = f"{questions} questions in each cell; contexts of {lengths} tokens; raw samples in `{source}`."
+    lines += ["", told]
+    return "\n".join(lines)
+
+
+def prefill(report: dict[str, Any], source: str) -> str:
+    """A run of ``python -m winnow.bench.swiftkv`` as a Markdown table."""
+    config, machine = report["config"], report["machine"]
+    heads = ("first token", "of full", "multiplications", "KV stored", "KV read per token", "decoded token")
+    lines = [f"| recipe | {' | '.join(heads)} |", "|---|" + "---:|" * len(heads)]
+    base = report["rows"][0]
+    for row in report["rows"]:
+        cells = (
+            f"`{row['name']}`",
+            f"{median(row['first_token']):.2f} s",
+            f"{row['over_full']:.0%}",
+            f"{row['multiplications']:.0%}",
+            *(f"{row[key] / base[key]:.0%}" for key in ("bytes_stored", "bytes_read")),
+            f"{median(row['decode']) * 1e3:.0f} ms",
+        )
+        lines.append("| " + " | ".join(cells) + " |")
+    lines += [
+        "",
+        f"A prompt of {config['tokens']} tokens on random weights of the shape `{config['preset']}`, "
+        f"{config['rounds']} interleaved rounds; {machine['cpu']['name']}, {machine['cores']} cores. Made by "
+        f"`python -m winnow.bench.swiftkv`; raw samples in `{source}`.",
+    ]
+    return "\n".join(lines)
 
 
 def _share(share: float | None) -> str:
@@ -217,11 +269,20 @@ TABLES = (
     Place(page="README.md", mark="demo", source=f"{RESULTS}/demo.json", written=markdown),
     Place(page="README.md", mark="lifecycle", source=f"{RESULTS}/lifecycle.json", written=lifecycle),
     Place(page=_METHODS, mark="methods", source=f"{RESULTS}/methods.json", written=lifecycle),
+    Place(
+        page="docs/decisions/0006-packed-pools.md",
+        mark="files",
+        source=f"{RESULTS}/files.json",
+        written=files.markdown,
+    ),
     Place(page=_METHODS, mark="chunks", source=f"{RESULTS}/chunks.json", written=chunks),
     Place(page=_METHODS, mark="chunks-1b", source=f"{RESULTS}/chunks-1b.json", written=chunks),
     Place(page=_METHODS, mark="workers", source=f"{RESULTS}/workers.json", written=workers),
     Place(page=_METHODS, mark="workers-answers", source=f"{RESULTS}/workers.json", written=workers_answers),
     Place(page=_METHODS, mark="workers-1b", source=f"{RESULTS}/workers-1b.json", written=workers),
+    Place(page=_METHODS, mark="swiftkv", source=f"{RESULTS}/swiftkv.json", written=lifecycle),
+    Place(page=_GENERATION, mark="swiftkv-forms", source=f"{RESULTS}/swiftkv-forms.json", written=tasks),
+    Place(page=_GENERATION, mark="swiftkv-1b", source=f"{RESULTS}/swiftkv-prefill.json", written=prefill),
 )
 
 
@@ -267,9 +328,3 @@ def main(root: Path) -> None:
 
 if __name__ == "__main__":
     main(Path.cwd())
-    Place(
-        page="docs/decisions/0006-packed-pools.md",
-        mark="files",
-        source=f"{RESULTS}/files.json",
-        written=files.markdown,
-    ),
