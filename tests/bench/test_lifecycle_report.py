@@ -90,7 +90,7 @@ def summary():
         for number in range(2)
     ]
     failures = [{"key": ["hf:dynamic", "multi-turn", "kv", 512, 9], "error": "<no>"}]
-    return json.loads(json.dumps(summarise(config, SYSTEMS, [describe()], records, failures)))
+    return json.loads(json.dumps(summarise(config, SYSTEMS, [describe()], 60.0, records, failures)))
 
 
 class Reader(HTMLParser):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -96,6 +97,7 @@ def run(
         Unknown names, examples that do not fit the model or their length, a directory that holds
         another run, or a baseline that fails.
     """
+    begin = time.monotonic()
     for name in config.peers:
         peers.check(name)
     recipes = {name: recipe(name) for name in config.systems}
@@ -127,6 +129,7 @@ def run(
             except peers.MissingPeerError as error:
                 state.missing[name] = str(error)
                 journal.write("missing", {"system": name, "reason": str(error)})
+        journal.write("ended", {"seconds": time.monotonic() - begin})
     return load(directory)
 
 
@@ -265,6 +268,7 @@ def load(directory: Path) -> dict[str, Any]:
         config,
         systems,
         sessions,
+        sum(line["seconds"] for line in by_kind.get("ended", [])),
         list(records.values()),
         [{"key": list(key), "error": e} for key, e in failures.items() if key not in records],
     )

@@ -23,6 +23,7 @@ def summarise(
     config: Config,
     systems: Sequence[Mapping[str, Any]],
     sessions: Sequence[Mapping[str, Any]],
+    seconds: float,
     records: Records,
     failures: Sequence[Mapping[str, Any]],
 ) -> dict[str, Any]:
@@ -35,6 +36,8 @@ def summarise(
         ``name``, ``kind``, ``recipe`` (YAML or None), ``missing`` (reason or None) and ``about``.
     sessions : sequence of mapping
         The machine of every start and resumption of the run.
+    seconds : float
+        From starts to ends; a sitting that was killed has no end and does not count.
     records : sequence of ExampleRecord
     failures : sequence of mapping
         Examples that a system refused, with its error.
@@ -53,6 +56,7 @@ def summarise(
         "fingerprint": config.fingerprint,
         "machine": sessions[-1],
         "sessions": list(sessions),
+        "seconds": seconds,
         "systems": [dict(system) for system in systems],
         "failures": list(failures),
         "rows": table,
