@@ -37,7 +37,7 @@ from winnow.methods.zipcache import zipcache
 from winnow.models.random import random_model
 from winnow.recipe import Recipe
 
-__all__ = ["CONTENDERS", "run", "table"]
+__all__ = ["CONTENDERS", "markdown", "run", "table"]
 
 Progress = Callable[[str, int, int], None]
 
@@ -213,3 +213,41 @@ def table(report: dict[str, Any]) -> Table:
         out.add_row(*cells, f"{row['prefill_seconds']:.2f}", f"{row['bytes_stored'] / 2**20:.0f}")
     out.add_row("reading the entries once", f"{1e3 * report['limit']['seconds']:.2f}", "", "", "", "", "")
     return out
+
+
+def markdown(report: dict[str, Any], source: str) -> str:
+    """The report as a Markdown table, the quickest first."""
+    config, machine = report["config"], report["machine"]
+    heads = (
+        "method",
+        "while everything is there",
+        "once cut",
+        f"prefill of {config['prompt']} tokens and the cut",
+    )
+    lines = [f"| {' | '.join(heads)} | stored |", "|---|---:|---:|---:|---:|"]
+
+    def quickest(item: tuple[str, Any]) -> float:
+        row = item[1]
+        seconds: float = (row["cut"] or row["uncut"])["seconds"]
+        return seconds
+
+    for name, row in sorted(report["rows"].items(), key=quickest):
+        cells = (
+            f"`{name}`",
+            *("" if row[key] is None else _milliseconds(row[key]) for key in ("uncut", "cut")),
+            f"{row['prefill_seconds']:.2f} s",
+            f"{row['bytes_stored'] / 2**20:.0f} MiB",
+        )
+        lines.append(f"| {' | '.join(cells)} |")
+    lines += [
+        "",
+        "Milliseconds per token, in brackets the quotient to full attention in the same run; reading full "
+        f"attention's entries once takes {1e3 * report['limit']['seconds']:.1f} ms. {config['entries']} "
+        f"entries per head, medians of {config['rounds']} rounds of {config['tokens']} tokens; "
+        f"{machine['cpu']['name']}, {machine['cores']} cores; raw samples in `{source}`.",
+    ]
+    return "\n".join(lines)
+
+
+def _milliseconds(cell: dict[str, float]) -> str:
+    return f"{1e3 * cell['seconds']:.1f} ({cell['over_full']:.2f})"

@@ -33,7 +33,7 @@ from winnow.models.peers import hf_cache
 from winnow.models.random import random_model
 from winnow.recipe import Recipe
 
-__all__ = ["CONTENDERS", "run", "tables"]
+__all__ = ["CONTENDERS", "markdown", "run", "tables"]
 
 Progress = Callable[[str, int, int], None]
 
@@ -411,6 +411,35 @@ def tables(report: dict[str, Any]) -> list[Table]:
         table.add_row(*sizes, f"{memory['over']:+.1%}")
         out.append(table)
     return out
+
+
+def markdown(report: dict[str, Any], source: str) -> str:
+    """The report as Markdown: a table per phase and a line on memory."""
+    config, machine, lines = report["config"], report["machine"], []
+    for what, unit, scale in (("decode", "ms per token", 1e3), ("prefill", "seconds", 1.0)):
+        if what not in report:
+            continue
+        base = next(iter(report[what]))
+        lines += [f"| contender | {unit} | times `{base}` | times `winnow full` |", "|---|---:|---:|---:|"]
+        for name, row in report[what].items():
+            own = "" if row["over_own_full"] is None else f"{row['over_own_full']:.2f}"
+            lines.append(f"| `{name}` | {scale * row['seconds']:.0f} | {row['over_baseline']:.2f} | {own} |")
+        lines.append("")
+    if "over" in report.get("memory", {}):
+        mebibytes = {key: report["memory"][key] / 2**20 for key in ("resident", "weights", "entries")}
+        lines += [
+            "Memory while decoding, in a process of its own: {resident:.0f} MiB resident beside "
+            "{weights:.0f} MiB of weights and {entries:.0f} MiB of entries,".format(**mebibytes),
+            f"{report['memory']['over']:.1%} over their sum (the interpreter and its libraries were resident "
+            "before and are not counted).",
+            "",
+        ]
+    samples = len(next(iter((report.get("decode") or report["prefill"]).values()))["samples"])
+    lines.append(
+        f"Shape {config['preset']}, medians of {samples} interleaved rounds in one process; "
+        f"{machine['cpu']['name']}, {machine['cores']} cores; raw samples in `{source}`."
+    )
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

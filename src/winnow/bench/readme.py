@@ -14,7 +14,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from winnow.bench import files
+from winnow.bench import attached, end_to_end, files, serve_report
 from winnow.bench.output import insert
 
 __all__ = [
@@ -265,6 +265,7 @@ class Place:
 
 
 _METHODS, _GENERATION = "docs/guide/methods.md", "docs/guide/generation.md"
+_COMPRESSION, _END_TO_END = "docs/guide/compression.md", "docs/guide/end-to-end.md"
 TABLES = (
     Place(page="README.md", mark="demo", source=f"{RESULTS}/demo.json", written=markdown),
     Place(page="README.md", mark="lifecycle", source=f"{RESULTS}/lifecycle.json", written=lifecycle),
@@ -274,6 +275,36 @@ TABLES = (
         mark="files",
         source=f"{RESULTS}/files.json",
         written=files.markdown,
+    ),
+    Place(
+        page="docs/guide/serving.md",
+        mark="serve-load",
+        source=f"{RESULTS}/serve-load.json",
+        written=serve_report.markdown,
+    ),
+    Place(
+        page=_COMPRESSION,
+        mark="attached",
+        source=f"{RESULTS}/attached-methods.json",
+        written=attached.markdown,
+    ),
+    Place(
+        page=_COMPRESSION,
+        mark="attached-32k",
+        source=f"{RESULTS}/attached-methods-32k.json",
+        written=attached.markdown,
+    ),
+    Place(
+        page=_END_TO_END,
+        mark="decode",
+        source=f"{RESULTS}/end-to-end-decode.json",
+        written=end_to_end.markdown,
+    ),
+    Place(
+        page=_END_TO_END,
+        mark="prefill",
+        source=f"{RESULTS}/end-to-end-prefill.json",
+        written=end_to_end.markdown,
     ),
     Place(page=_METHODS, mark="chunks", source=f"{RESULTS}/chunks.json", written=chunks),
     Place(page=_METHODS, mark="chunks-1b", source=f"{RESULTS}/chunks-1b.json", written=chunks),

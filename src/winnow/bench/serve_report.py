@@ -17,7 +17,7 @@ from rich.table import Table
 
 from winnow.bench.serve_load import Exchange, goodput
 
-__all__ = ["DEADLINES", "curve_table", "draw", "table", "with_curves"]
+__all__ = ["DEADLINES", "curve_table", "draw", "markdown", "table", "with_curves"]
 
 DEADLINES = (1.0, 3.0, 10.0, 30.0, 100.0, 300.0)
 """Seconds until the first token, beside that of the run itself and none."""
@@ -122,6 +122,42 @@ def curve_table(report: dict[str, Any]) -> Table:
 def _rate(point: dict[str, Any]) -> str:
     times = point.get("winnow_times")
     return f"{point['per_second']:.3g}" + ("" if times is None else f" ({times:.1f} x)")
+
+
+def markdown(report: dict[str, Any], source: str) -> str:
+    """A load test as a Markdown table: what clients saw, and answers per second by deadline."""
+    config, machine = report["config"], report["machine"]
+    servers = with_curves(report)["servers"]
+    heads = ["first token, s", "per token, s", "reused", "first token of a known prefix", "GiB"]
+    deadlines = [point["first_deadline"] for point in next(iter(servers.values()))["goodput"]]
+    shown = [i for i, one in enumerate(deadlines) if one is None or one >= config["first_deadline"]]
+    heads += [
+        "answers/s" if deadlines[i] is None else f"first token within {_deadline(deadlines[i])}"
+        for i in shown
+    ]
+    lines = [f"| server | {' | '.join(heads)} |", "|---|" + "---:|" * len(heads)]
+    for name, found in servers.items():
+        ratio = found["probe"].get("ratio")
+        cells = (
+            f"`{found['command'].split(' --')[0]}`" + (", continuous batching" if "batching" in name else ""),
+            _cell(found["first_token"]),
+            _cell(found["per_token"]),
+            "not told" if found["hit_rate"] is None else f"{found['hit_rate']:.0%}",
+            "" if ratio is None else f"{ratio:.1f} x sooner",
+            f"{found['peak_bytes'] / 2**30:.1f}",
+            *(_rate(found["goodput"][i]) for i in shown),
+        )
+        lines.append("| " + " | ".join(cells) + " |")
+    lines += [
+        "",
+        f"{config['clients']} clients with {config['turns']} turns each over a prefix of {config['prefix']} "
+        f"tokens, questions of {config['question']} tokens, answers of {config['answer']}, random weights of "
+        f"the shape {config['preset']}; {machine['cpu']['name']}, {machine['cores']} cores. Times: median / "
+        "95th percentile. The last columns are good answers per second, those with a deadline also within "
+        f"{config['token_deadline']:g} s per token; in brackets, how many times as many Winnow gives. "
+        f"Raw samples in `{source}`.",
+    ]
+    return "\n".join(lines)
 
 
 def draw(report: dict[str, Any], path: Path) -> None:
