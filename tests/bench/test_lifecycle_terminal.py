@@ -14,7 +14,7 @@ from winnow.bench.lifecycle.config import default, units
 from winnow.bench.lifecycle.record import ExampleRecord, Reply, TurnRecord
 from winnow.bench.lifecycle.run import State
 from winnow.cli.app import app
-from winnow.cli.bench_lifecycle import _interpreters, _listed, _numbers
+from winnow.cli.bench_lifecycle import _listed, _numbers, interpreters
 
 
 def words(text):
@@ -98,7 +98,7 @@ def test_lists_keep_the_parameters_of_a_recipe_together():
     assert _numbers(["1K,512", "2k"]) == [1024, 512, 2048]
     with pytest.raises(ValueError, match="cannot read the length '4X'"):
         _numbers(["4X"])
-    assert _interpreters(["/a/python", "kvpress=/b/python"]) == {"": "/a/python", "kvpress": "/b/python"}
+    assert interpreters(["/a/python", "kvpress=/b/python"]) == {"": "/a/python", "kvpress": "/b/python"}
 
 
 def test_the_commands_run_and_print_one_document(tmp_path):
