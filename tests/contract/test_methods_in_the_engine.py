@@ -80,7 +80,8 @@ LIMIT: dict[str, dict[str, Any]] = {
     "shadowkv": {"keep": 10_000, "rank": 32, "outliers": 2, "local": 1},
 }
 # Methods that read a profile find one of the model that most tests use, with arbitrary scores.
-PROFILES = Path(tempfile.mkdtemp(prefix="winnow-profiles-"))
+_DIRECTORY = tempfile.TemporaryDirectory(prefix="winnow-profiles-")  # goes with the process
+PROFILES = Path(_DIRECTORY.name)
 EVERY = pytest.mark.parametrize("name", [*METHODS, "all four"])
 
 
