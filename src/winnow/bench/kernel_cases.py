@@ -425,8 +425,8 @@ def _matvec(inner: int, outer: int, memory: int) -> Group:
 
 def _quantize(tokens: int) -> Group:
     heads, dim = 8, 128
-    x_HSD = _normal(heads, tokens, dim)
-    out_HSD = torch.empty_like(x_HSD)
+    x_HSD = _settled(_normal(heads, tokens, dim))
+    out_HSD = _settled(torch.zeros_like(x_HSD))
     granularities: tuple[tuple[str, Axis, int], ...] = (
         ("per token", "token", dim),
         ("groups of 32", "token", 32),
@@ -436,6 +436,7 @@ def _quantize(tokens: int) -> Group:
     for what, axis, group in granularities:
         for bits in (8, 4, 2):
             q = quantize(x_HSD, bits=bits, axis=axis, group=group, backend="native")
+            _settled(q.codes)
             contenders += _both_ways(f"{bits} bits {what}", x_HSD, out_HSD, q, with_torch=bits == 4)
     return Group(
         name="quantise and dequantise",
