@@ -418,19 +418,9 @@ for line in sys.stdin:
     return str(program)
 
 
-def kvpress_python():
-    """An interpreter that imports kvpress: the one that is named, or this one."""
-    python = os.environ.get("WINNOW_KVPRESS_PYTHON", sys.executable)
-    found = subprocess.run([python, "-c", "import kvpress"], capture_output=True, text=True, check=False)
-    if found.returncode:
-        reason = found.stderr.strip().splitlines()[-1]
-        pytest.skip(f"{python} cannot import kvpress ({reason}); name one in WINNOW_KVPRESS_PYTHON")
-    return python
-
-
 @pytest.mark.slow
-def test_kvpress_holds_the_same_conversations_in_fewer_bytes(llm, tmp_path):
-    pythons = {"kvpress": kvpress_python()}
+def test_kvpress_holds_the_same_conversations_in_fewer_bytes(llm, tmp_path, kvpress_python):
+    pythons = {"kvpress": kvpress_python}
     names = ["kvpress:KnormPress@0.0", "kvpress:SnapKVPress@0.5", "kvpress:NoSuchPress@0.5"]
     config = default(
         **{**SMALL, "tasks": ["kv"], "examples": 2},
