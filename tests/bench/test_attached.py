@@ -11,11 +11,10 @@ pytestmark = pytest.mark.skipif(not backend.isas(), reason="the extension was no
 
 
 def test_rounds_are_told_apart_by_what_was_held() -> None:
-    report = attached.run(
-        contenders=["h2o", "lazy-eviction"], entries=1500, prompt=32, rounds=2, preset="tiny"
-    )
+    names = ["h2o", "lazy-eviction", "razor-attention", "epicache"]
+    report = attached.run(contenders=names, entries=1500, prompt=32, rounds=2, preset="tiny")
     rows = report["rows"]
-    assert set(rows) == {"full", "h2o", "lazy-eviction"}
+    assert set(rows) == {"full", *names}
     assert rows["full"]["uncut"]["over_full"] == 1.0
     assert rows["full"]["cut"] is None
     assert rows["h2o"]["uncut"] is None  # it acted at the end of the prompt
@@ -24,7 +23,9 @@ def test_rounds_are_told_apart_by_what_was_held() -> None:
     assert held[0] >= 1500 * 4 * 2 > held[1]  # layers and heads; cut in its first round
     assert rows["h2o"]["bytes_stored"] < rows["full"]["bytes_stored"]
     assert report["limit"]["bytes"] == 2 * 4 * 2 * 1500 * 16 * 2
-    assert attached.table(report).row_count == 4
+    assert rows["epicache"]["bytes_stored"] < rows["full"]["bytes_stored"]  # it read a profile of this model
+    assert "profile: layer-sensitivity.safetensors" in report["config"]["recipes"]["epicache"]
+    assert attached.table(report).row_count == 6
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,10 @@ that each contains one.
 from __future__ import annotations
 
 import statistics
+import tempfile
 from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,18 +27,22 @@ from winnow.engine.session import Session
 from winnow.kernels.backend import extension
 from winnow.methods.adakv import adakv
 from winnow.methods.d2o import d2o
+from winnow.methods.epicache import epicache
 from winnow.methods.gear import gear
 from winnow.methods.h2o import h2o
 from winnow.methods.lazy_eviction import lazy_eviction
 from winnow.methods.mustafar import mustafar
 from winnow.methods.quest import quest
+from winnow.methods.razor_attention import razor_attention
 from winnow.methods.shadowkv import shadowkv
 from winnow.methods.snapkv import snapkv
 from winnow.methods.streaming_llm import streaming_llm
 from winnow.methods.think import think
 from winnow.methods.zipcache import zipcache
 from winnow.models.random import random_model
+from winnow.profiles import save_profile
 from winnow.recipe import Recipe
+from winnow.types import Profile
 
 __all__ = ["CONTENDERS", "markdown", "run", "table"]
 
@@ -58,7 +65,24 @@ CONTENDERS: dict[str, Recipe] = {
     "zipcache": zipcache(),
     "quest": quest(keep=_KEEP),
     "shadowkv": shadowkv(keep=_KEEP),
+    "razor-attention": razor_attention(buffer=_KEEP, every=_EVERY),
+    "epicache": epicache(keep=_KEEP),
 }
+
+
+def _with_profile(recipe: Recipe, module: torch.nn.Module, directory: Path) -> Recipe:
+    """The recipe; the profile that it reads, if any, is written for this model, with arbitrary scores."""
+    if recipe.profile is None:
+        return recipe
+    model, path = api.load(module).model, directory / recipe.profile
+    shape = (2, model.layers, model.kv_heads)
+    scores = torch.rand(shape, generator=torch.Generator().manual_seed(0))
+    tensors = {
+        "retrieval-heads": {"induction": scores[0], "echo": scores[1]},
+        "layer-sensitivity": {"cosine": scores[0, :, 0]},
+    }
+    save_profile(Profile(kind=path.stem, model=model.fingerprint, tensors=tensors[path.stem]), path)
+    return replace(recipe, profile=str(path))
 
 
 class _Attached:
@@ -140,9 +164,11 @@ def run(
     k_THD, v_THD = (torch.empty(shape, dtype=torch.bfloat16).normal_(generator=generator) for _ in range(2))
     made: dict[str, _Attached] = {}
     total = len(chosen) * (rounds + 1)
-    for i, name in enumerate(chosen):
-        tell(f"{name}: prefill", i, total)
-        made[name] = _Attached(module, CONTENDERS[name], k_THD, v_THD, prompt)
+    with tempfile.TemporaryDirectory(prefix="winnow-bench-") as directory:
+        for i, name in enumerate(chosen):
+            tell(f"{name}: prefill", i, total)
+            recipe = _with_profile(CONTENDERS[name], module, Path(directory))
+            made[name] = _Attached(module, recipe, k_THD, v_THD, prompt)
     samples: dict[str, list[dict[str, float]]] = {name: [] for name in chosen}
     for r in range(rounds):
         for i, name in enumerate(chosen):

@@ -23,7 +23,7 @@ def gear(
 
     Acts at the end of every prefill and again whenever ``every`` tokens were decoded; what is encoded
     is never encoded again. Spends time to save bytes: a decode step reads the codes as they lie, but low
-    rank and outliers are arithmetic. On two cores attention over 8192 entries of the 1B shape takes 2.1 times
+    rank and outliers are arithmetic. On two cores attention over 8192 entries of the 1B shape takes 2.0 times
     full attention's time (``winnow bench attached``).
 
     Parameters

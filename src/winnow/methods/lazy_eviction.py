@@ -20,8 +20,8 @@ def lazy_eviction(*, keep: int = 1024, window: int = 128, alpha: float = 5e-4) -
 
     Acts while decoding only, once per ``window`` tokens: a head that holds more than ``keep`` entries
     goes back to ``keep``, the last ``window`` among them. Meant for long outputs: until the first cut
-    each step also watches everything there is, which costs up to a tenth of full attention's time (1.10 with
-    8192 entries, 0.99 with 32768); once 1024 are left, attention takes 0.52 and 0.12 of it
+    each step also watches everything there is, which costs about a tenth of full attention's time (1.11 with
+    8192 entries, 0.99 with 32768); once 1024 are left, attention takes 0.45 and 0.12 of it
     (``winnow bench attached``, weights aside).
 
     Parameters

@@ -19,7 +19,7 @@ def mustafar(*, percent: int = 50, recent: int = 32, every: int = 64) -> Recipe:
 
     Acts at the end of every prefill and while decoding. Decoding reads packed values and bit masks; no
     zeros come from memory. Spends time to save bytes where attention is bound by arithmetic: on two cores
-    over 8192 entries of the 1B shape 1.06 times full attention's time, over 32768, where reading counts for
+    over 8192 entries of the 1B shape 1.04 times full attention's time, over 32768, where reading counts for
     more, 0.84 (``winnow bench attached``).
 
     Parameters

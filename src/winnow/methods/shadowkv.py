@@ -59,7 +59,7 @@ def shadowkv(
     a step in place of 16.8, 15.8 ms in place of 1.0; at 32768 tokens 15.8 MB and 34.1 MB in place of 67.2,
     12.6 MB read, 19.4 ms in place of 5.2. Since then a kernel rebuilds keys and attends to them at once:
     reading 1024 of 8192 entries takes it 1.2 ms in place of 6.5, and attention of the 1B shape on two cores
-    2.5 times full attention's time (``winnow bench attached``; 5.4 before). The rebuilding does not grow with
+    2.2 times full attention's time (``winnow bench attached``; 5.4 before). The rebuilding does not grow with
     the length; the choice of chunks does. The end of the prefill takes 0.3 s a layer at 8192 tokens.
     """
     return Recipe(

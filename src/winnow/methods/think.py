@@ -22,7 +22,7 @@ def think(*, percent: int = 40, keep: int = 0, recent: int = 32, window: int = 3
     Acts once, at the end of the first prefill, alone or after SnapKV's eviction. What remains of the
     keys is stored compactly and decoding reads it as it lies, with the same channels of the query; the
     scale of the scores stays that of all channels. Spends time to save bytes where attention is bound by
-    arithmetic: on two cores over 8192 entries of the 1B shape 1.05 times full attention's time, over 32768,
+    arithmetic: on two cores over 8192 entries of the 1B shape 1.07 times full attention's time, over 32768,
     where reading counts for more, 0.85 (``winnow bench attached``).
 
     Parameters

@@ -64,7 +64,7 @@ def zipcache(
     Figures. Embedded model, 4096 tokens, six questions on each of six documents of ``winnow demo``:
     full attention 36 of 36 right, 25.4 MB stored, 25.3 MB read per step; ZipCache 34 of 36, 7.4 MB (with
     what waits for its grade) and 5.7 MB. Shape of Llama 3.2 1B, 8192 entries: 268 MB stored becomes
-    69 MB. Decode attention reads the codes as they lie: on two cores 0.99 times full attention's time over
+    69 MB. Decode attention reads the codes as they lie: on two cores 0.96 times full attention's time over
     8192 entries, 0.68 over 32768 (``winnow bench attached``).
     """
     return Recipe(

@@ -53,7 +53,7 @@ KINDS = {
 """What the stages of a recipe do not tell by themselves."""
 
 _STAGE_KINDS = {
-    "generation": "sparse prefill",
+    "generation": "cheaper prefill",
     "compression": "compression",
     "retrieval": "reuse",
     "loading": "sparse reading",
