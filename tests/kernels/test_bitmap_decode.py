@@ -16,14 +16,6 @@ NATIVE = pytest.mark.skipif(backend.extension() is None, reason="no native kerne
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2}
 
 
-@pytest.fixture(params=backend.isas())
-def isa(request):
-    before = backend.isas()[0]
-    backend.force_isa(request.param)
-    yield request.param
-    backend.force_isa(before)
-
-
 def layer(lengths, *, group=4, size=64, kept=32, dtype=torch.bfloat16, seed=0):
     """Packed rows with NaN behind every head's end, queries, and the same rows expanded."""
     make = torch.Generator().manual_seed(seed)

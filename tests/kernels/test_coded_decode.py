@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import pytest
@@ -28,13 +27,6 @@ from winnow.types import AttentionSpec, Partial
 
 ISAS = backend.isas()
 pytestmark = pytest.mark.skipif(not ISAS, reason="the extension was not built")
-
-
-@pytest.fixture(params=ISAS)
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    backend.force_isa(request.param)
-    yield request.param
-    backend.force_isa(ISAS[0])
 
 
 @dataclass(frozen=True)

@@ -19,13 +19,6 @@ ISAS = backend.isas()
 pytestmark = pytest.mark.skipif(not ISAS, reason="the extension was not built")
 
 
-@pytest.fixture(params=ISAS)
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    backend.force_isa(request.param)
-    yield request.param
-    backend.force_isa(ISAS[0])
-
-
 @pytest.fixture
 def two_threads() -> Iterator[None]:
     before = torch.get_num_threads()

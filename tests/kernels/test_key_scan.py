@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -15,13 +13,6 @@ from winnow.kernels.key_scan.reference import decoded
 
 ISAS = backend.isas()
 pytestmark = pytest.mark.skipif(not ISAS, reason="the extension was not built")
-
-
-@pytest.fixture(params=ISAS)
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    backend.force_isa(request.param)
-    yield request.param
-    backend.force_isa(ISAS[0])
 
 
 def poisoned(heads: int, capacity: int, dim: int, bits: Bits) -> KeyCodes:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -17,13 +15,6 @@ from .tolerances import MATVEC
 
 DTYPES = [torch.float32, torch.bfloat16]
 ISAS = backend.isas()
-
-
-@pytest.fixture(params=ISAS)
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    backend.force_isa(request.param)
-    yield request.param
-    backend.force_isa(ISAS[0])
 
 
 def unit(*shape: int, seed: int, dtype: torch.dtype) -> torch.Tensor:

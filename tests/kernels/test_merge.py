@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -16,13 +14,6 @@ from winnow.types import AttentionSpec, Partial, Segment
 
 ISAS = backend.isas()
 NATIVE = pytest.mark.skipif(not ISAS, reason="the extension was not built")
-
-
-@pytest.fixture(params=ISAS)
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    backend.force_isa(request.param)
-    yield request.param
-    backend.force_isa(ISAS[0])
 
 
 def partials(count: int, rows: int, heads: int, width: int, seed: int = 0) -> list[Partial]:

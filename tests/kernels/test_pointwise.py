@@ -2,25 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from torch import Tensor
 
-from winnow.kernels.backend import force_isa, isas
 from winnow.kernels.pointwise import add_rms_norm, rotate_heads, silu_mul
 
 # One rounding of the result: half a unit in the last place of bfloat16 is 2^-9; twice that where the
 # reference sits on the other side of a tie.
 TOLERANCE = {torch.float32: {"atol": 2e-6, "rtol": 2e-6}, torch.bfloat16: {"atol": 1e-6, "rtol": 2**-7}}
-
-
-@pytest.fixture(params=isas() or [pytest.param("", marks=pytest.mark.skip("no native kernels"))])
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    force_isa(request.param)
-    yield request.param
-    force_isa(isas()[0])
 
 
 @pytest.fixture(params=[torch.float32, torch.bfloat16], ids=["f32", "bf16"])

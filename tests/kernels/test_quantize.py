@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -16,13 +14,6 @@ from winnow.kernels.quantize.reference import pack, unpack
 ISAS = backend.isas()
 BITS = [8, 4, 2]
 DTYPES = [torch.float32, torch.bfloat16]
-
-
-@pytest.fixture(params=ISAS)
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    backend.force_isa(request.param)
-    yield request.param
-    backend.force_isa(ISAS[0])
 
 
 def entries(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> torch.Tensor:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -14,13 +12,6 @@ from winnow.kernels.top_k import top_k
 
 ISAS = backend.isas()
 pytestmark = pytest.mark.skipif(not ISAS, reason="the extension was not built")
-
-
-@pytest.fixture(params=ISAS)
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    backend.force_isa(request.param)
-    yield request.param
-    backend.force_isa(ISAS[0])
 
 
 def check(

@@ -160,6 +160,19 @@ class EncodedSegment:
             version=self.version,
         )
 
+    def seen_as(self, k: Tensor, v: Tensor) -> Segment:
+        """These entries with stored rows ``[H, C, W]`` as keys and values, for kernels that read them so."""
+        return Segment(
+            k=k,
+            v=v,
+            lengths=self.lengths,
+            start=self.start,
+            positions=self.positions,
+            bias=self.bias,
+            tier=self.tier,
+            version=self.version,
+        )
+
     def turned(self, k_nD: Tensor, positions_n: Tensor) -> Tensor:
         """Keys that were rebuilt at position 0, at their own."""
         rotary = None if self.factors is None else self.factors.rotary

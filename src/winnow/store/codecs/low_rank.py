@@ -125,16 +125,7 @@ class LowRank:
 def _stored(segment: EncodedSegment) -> Segment:
     """Values, lengths and positions; nobody reads its keys."""
     v = segment.rows[1]
-    return Segment(
-        k=v,
-        v=v,
-        lengths=segment.lengths,
-        start=segment.start,
-        positions=segment.positions,
-        bias=segment.bias,
-        tier=segment.tier,
-        version=segment.version,
-    )
+    return segment.seen_as(v, v)
 
 
 def _turning(segment: EncodedSegment) -> Turning | None:

@@ -85,13 +85,4 @@ class Mustafar(Decoded):
 def _packed(segment: EncodedSegment) -> Segment:
     """The values that are stored, in place of keys and values."""
     k_values, _, v_values, _ = segment.rows
-    return Segment(
-        k=k_values,
-        v=v_values,
-        lengths=segment.lengths,
-        start=segment.start,
-        positions=segment.positions,
-        bias=segment.bias,
-        tier=segment.tier,
-        version=segment.version,
-    )
+    return segment.seen_as(k_values, v_values)

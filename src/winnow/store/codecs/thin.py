@@ -129,16 +129,7 @@ class Thin(Decoded):
             kv, channels = part.rows
             at_HGD = torch.zeros(H, 1, D, dtype=torch.int64, device=kv.device)
             at_HGD[..., : self._kept] = channels[:, :1]
-            raw = Segment(
-                k=kv[..., :D],
-                v=kv[..., self._slot :],
-                lengths=part.lengths,
-                start=part.start,
-                positions=part.positions,
-                bias=part.bias,
-                tier=part.tier,
-                version=part.version,
-            )
+            raw = part.seen_as(kv[..., :D], kv[..., self._slot :])
             kept_HGD = (torch.arange(D, device=kv.device) < self._kept).to(segment.dtype).expand(H, 1, D)
             found.append((raw, at_HGD, kept_HGD))
         return found
