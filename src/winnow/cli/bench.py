@@ -81,16 +81,9 @@ def end_to_end(
 ) -> None:
     """Whole models beside Hugging Face's caches and llama.cpp: decode, prefill, memory, in one run."""
     from winnow.bench import end_to_end as bench
-    from winnow.bench.output import save
 
     with show.step_progress() as progress:
         report = bench.run(
             contenders=contender, decode_at=decode_at, prefill=prefill, preset=preset, progress=progress
         )
-    if out is not None:
-        save(report, out)
-    if as_json:
-        show.emit_json(report)
-    else:
-        for table in bench.tables(report):
-            show.console.print(table)
+    show.report(report, bench.tables, out=out, as_json=as_json)

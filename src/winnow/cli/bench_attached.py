@@ -25,7 +25,6 @@ def attached(
 ) -> None:
     """What compressions cost and give while decoding, beside full attention, without the weights."""
     from winnow.bench import attached as bench
-    from winnow.bench.output import save
 
     with show.step_progress() as progress:
         report = bench.run(
@@ -36,9 +35,4 @@ def attached(
             preset=preset,
             progress=progress,
         )
-    if out is not None:
-        save(report, out)
-    if as_json:
-        show.emit_json(report)
-    else:
-        show.console.print(bench.table(report))
+    show.report(report, lambda found: [bench.table(found)], out=out, as_json=as_json)

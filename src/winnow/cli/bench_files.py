@@ -23,13 +23,7 @@ def files(
 ) -> None:
     """Measure what packing entries in a file saves, and what it costs."""
     from winnow.bench import files as bench
-    from winnow.bench.output import save
 
     with show.step_progress() as progress:
         report = bench.run(tokens=tokens, rounds=rounds, directory=directory, progress=progress)
-    if out is not None:
-        save(report, out, depth=4)
-    if as_json:
-        show.emit_json(report)
-        return
-    show.console.print(bench.table(report))
+    show.report(report, lambda found: [bench.table(found)], out=out, as_json=as_json, depth=4)

@@ -32,7 +32,6 @@ def chunks(
 ) -> None:
     """Reuse chunks in any order, with and without repair, beside full recompute and prefix reuse."""
     from winnow.bench import chunks as bench
-    from winnow.bench.output import save
 
     with show.step_progress() as progress:
         report = bench.run(
@@ -45,12 +44,7 @@ def chunks(
             seed=seed,
             progress=progress,
         )
-    if out is not None:
-        save(report, out, depth=4)
-    if as_json:
-        show.emit_json(report)
-    else:
-        show.console.print(bench.table(report))
+    show.report(report, lambda found: [bench.table(found)], out=out, as_json=as_json, depth=4)
 
 
 def workers(
@@ -66,7 +60,6 @@ def workers(
 ) -> None:
     """Let workers share one cache, beside separate sequences over the same text."""
     from winnow.bench import workers as bench
-    from winnow.bench.output import save
 
     with show.step_progress() as progress:
         report = bench.run(
@@ -79,10 +72,4 @@ def workers(
             seed=seed,
             progress=progress,
         )
-    if out is not None:
-        save(report, out, depth=4)
-    if as_json:
-        show.emit_json(report)
-    else:
-        for table in bench.tables(report):
-            show.console.print(table)
+    show.report(report, bench.tables, out=out, as_json=as_json, depth=4)

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
 
 __all__ = [
     "bytes_text",
     "console",
     "emit_json",
     "progress_bar",
+    "report",
     "stats_line",
     "step_progress",
     "token_progress",
@@ -29,6 +32,29 @@ notes = Console(stderr=True)
 def emit_json(value: Any) -> None:
     """Print one JSON document on stdout."""
     print(json.dumps(value, indent=2, default=str))
+
+
+def report(
+    found: dict[str, Any],
+    tables: Callable[[dict[str, Any]], Iterable[Table]],
+    *,
+    out: Path | None,
+    as_json: bool,
+    depth: int | None = None,
+) -> None:
+    """Save what a benchmark found, where a file is named, and print it as tables or as JSON.
+
+    ``depth`` is that of :func:`winnow.bench.output.save`.
+    """
+    from winnow.bench.output import save
+
+    if out is not None:
+        save(found, out, depth=depth)
+    if as_json:
+        emit_json(found)
+        return
+    for table in tables(found):
+        console.print(table)
 
 
 def bytes_text(count: float) -> str:
