@@ -1,5 +1,9 @@
 #include "dispatch.h"
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
 #include <stdexcept>
 
 namespace winnow {
@@ -65,5 +69,14 @@ void force_isa(const std::string& name) {
 }
 
 const KernelTable& table() { return *choice().table; }
+
+bool has_matrix_tiles() {
+#if defined(__x86_64__)
+  unsigned a, b, c, d;
+  return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d >> 22 & 1);
+#else
+  return false;
+#endif
+}
 
 }  // namespace winnow

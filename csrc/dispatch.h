@@ -14,5 +14,7 @@ const std::string& current_isa();
 // Throws std::invalid_argument when `name` is not available here.
 void force_isa(const std::string& name);
 const KernelTable& table();
+// Whether the processor multiplies whole tiles of bf16 (AMX), which no kernel here uses.
+bool has_matrix_tiles();
 
 }  // namespace winnow

@@ -7,6 +7,7 @@
 #include "decode.h"
 #include "key_scan.h"
 #include "mass.h"
+#include "matmul.h"
 #include "matvec.h"
 #include "merge.h"
 #include "nearest.h"
@@ -22,6 +23,7 @@ struct KernelTable {
   PrefillKernels prefill;
   MassKernels mass;
   DecodeKernels decode;
+  MatmulKernels matmul;
   MatvecKernels matvec;
   KeyScanKernels key_scan;
   TopKKernels top_k;

@@ -12,8 +12,8 @@
 #include <vector>
 
 #include "memory.h"
-#include "prefill_pack.h"
 #include "prefill_tile.h"
+#include "tile_pack.h"
 
 namespace winnow {
 namespace WINNOW_ISA {

@@ -10,6 +10,7 @@ namespace winnow {
 void bind_prefill(nb::module_& m);
 void bind_mass(nb::module_& m);
 void bind_decode(nb::module_& m);
+void bind_matmul(nb::module_& m);
 void bind_matvec(nb::module_& m);
 void bind_key_scan(nb::module_& m);
 void bind_top_k(nb::module_& m);
@@ -28,6 +29,7 @@ NB_MODULE(_native, m) {
   winnow::bind_prefill(m);
   winnow::bind_mass(m);
   winnow::bind_decode(m);
+  winnow::bind_matmul(m);
   winnow::bind_matvec(m);
   winnow::bind_key_scan(m);
   winnow::bind_top_k(m);

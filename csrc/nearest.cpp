@@ -8,9 +8,9 @@
 #include <cmath>
 #include <vector>
 
-#include "prefill_pack.h"
 #include "prefill_tile.h"
 #include "scratch.h"
+#include "tile_pack.h"
 
 namespace winnow {
 namespace WINNOW_ISA {

@@ -12,9 +12,9 @@
 #include <type_traits>
 #include <vector>
 
-#include "prefill_pack.h"
 #include "prefill_tile.h"
 #include "scratch.h"
+#include "tile_pack.h"
 
 namespace winnow {
 namespace WINNOW_ISA {

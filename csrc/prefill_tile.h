@@ -9,7 +9,7 @@
 #include <cmath>
 #include <limits>
 
-#include "prefill_simd.h"
+#include "tile_simd.h"
 #include "queries_and_entries.h"
 
 namespace winnow {
@@ -18,7 +18,6 @@ namespace WINNOW_ISA {
 constexpr int kMaxPanels = 32;  // panels per tile, at most
 constexpr int kTileKeys = kMaxPanels * kPanel;
 constexpr int kRow = kTileKeys + kPanel;  // row stride of logits and weights: rows must not share cache sets
-constexpr float kLog2E = 1.44269504088896341f;
 constexpr float kLn2 = 0.69314718055994531f;
 constexpr float kNoMax = -std::numeric_limits<float>::infinity();
 // Weights are exponentials against a reference that may lag behind the row's maximum by this many powers

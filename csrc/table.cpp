@@ -7,6 +7,7 @@ namespace WINNOW_ISA {
 PrefillKernels prefill_kernels();
 MassKernels mass_kernels();
 DecodeKernels decode_kernels();
+MatmulKernels matmul_kernels();
 MatvecKernels matvec_kernels();
 KeyScanKernels key_scan_kernels();
 TopKKernels top_k_kernels();
@@ -18,9 +19,10 @@ MergeKernels merge_kernels();
 RecurrenceKernels recurrence_kernels();
 
 const KernelTable* table() {
-  static const KernelTable kernels{prefill_kernels(),  mass_kernels(),  decode_kernels(),   matvec_kernels(),
-                                   key_scan_kernels(), top_k_kernels(), quantize_kernels(), pointwise_kernels(),
-                                   nearest_kernels(),  coded_kernels(),   merge_kernels(),    recurrence_kernels()};
+  static const KernelTable kernels{prefill_kernels(),   mass_kernels(),      decode_kernels(),   matmul_kernels(),
+                                   matvec_kernels(),    key_scan_kernels(),  top_k_kernels(),    quantize_kernels(),
+                                   pointwise_kernels(), nearest_kernels(),   coded_kernels(),    merge_kernels(),
+                                   recurrence_kernels()};
   return &kernels;
 }
 

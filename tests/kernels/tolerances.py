@@ -27,6 +27,11 @@ MATVEC: dict[torch.dtype, tuple[float, float]] = {
     torch.float16: (1e-3, 1e-5),
     torch.bfloat16: (8e-3, 1e-5),
 }
+# The same for many rows, sums of unit scale in parts: what cancels in a sum remains in its absolute error.
+MATMUL: dict[torch.dtype, tuple[float, float]] = {
+    torch.float32: (1e-5, 2e-5),
+    torch.bfloat16: (8e-3, 1e-4),
+}
 # Attention mass: sums of probabilities, in float32. The float32 reference's own log-sum-exp is given; what is
 # left is the exponential (7.5e-5 relative for bfloat16 operands) and the order of the sums.
 MASS: dict[torch.dtype, tuple[float, float]] = {

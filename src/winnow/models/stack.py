@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from winnow.kernels.matmul import gated_matmul, matmul
 from winnow.kernels.matvec import MAX_ROWS, matvec
 from winnow.kernels.pointwise import add_rms_norm, rotate_heads, silu_mul
 from winnow.types import Attend, AttentionSpec
@@ -25,9 +26,15 @@ class Linear:
     def __call__(self, x_NK: Tensor) -> Tensor:
         """``[N, in]`` to ``[N, out]``."""
         if len(x_NK) > MAX_ROWS or x_NK.device.type != "cpu":
-            return functional.linear(x_NK, self.weight, self.bias)
+            return matmul(x_NK, self.weight, self.bias)
         y_NO = matvec(x_NK, self.weight)
         return y_NO if self.bias is None else y_NO.add_(self.bias)
+
+    def gated(self, x_NK: Tensor) -> Tensor:
+        """``[N, in]`` to ``[N, out / 2]``: ``silu(gate) * up`` of outputs that are gate and then up."""
+        if len(x_NK) > MAX_ROWS:
+            return gated_matmul(x_NK, self.weight, self.bias)
+        return silu_mul(self(x_NK))
 
     def rows(self, first: int, last: int | None = None) -> Linear:
         """The outputs ``first .. last - 1``; views."""
@@ -122,7 +129,7 @@ class LlamaStack:
     def mlp(self, index: int, x_NK: Tensor, delta_NK: Tensor) -> Tensor:
         """Add ``delta_NK`` to ``x_NK`` in place; what the layer's MLP adds next."""
         layer = self.layers[index]
-        return layer.down(silu_mul(layer.gate_up(self.normed(x_NK, delta_NK, layer.mlp_norm))))
+        return layer.down(layer.gate_up.gated(self.normed(x_NK, delta_NK, layer.mlp_norm)))
 
     def normed(self, x_NK: Tensor, delta_NK: Tensor | None, weight_K: Tensor) -> Tensor:
         """Add ``delta_NK`` to ``x_NK`` in place and normalise."""

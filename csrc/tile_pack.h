@@ -1,6 +1,6 @@
-// Packing 16 entries of keys and values into the panels that prefill_tile.h reads.
+// Packing 16 rows at a time into panels that are read with full vectors.
 #pragma once
-#include "prefill_simd.h"
+#include "tile_simd.h"
 
 namespace winnow {
 namespace WINNOW_ISA {
@@ -12,8 +12,8 @@ static inline int panel_words(int D) {
 }
 
 #if defined(WINNOW_ISA_avx512)
-// Up to 16 words of 16 rows, transposed: word w of every row lies at out + 16 * w.
-static inline void transpose_words(const uint32_t* const* rows, int words, uint32_t* out) {
+// Up to 16 words of 16 rows, transposed: word w of every row lies at out + stride * w.
+static inline void transpose_words(const uint32_t* const* rows, int words, uint32_t* out, int stride) {
   const __mmask16 mask = static_cast<__mmask16>((1u << words) - 1);
   __m512i r[16], t[16];
 #pragma GCC unroll 16
@@ -44,16 +44,16 @@ static inline void transpose_words(const uint32_t* const* rows, int words, uint3
   }
   if (words == 16) {
 #pragma GCC unroll 16
-    for (int w = 0; w < 16; ++w) _mm512_storeu_si512(out + w * 16, t[w]);
+    for (int w = 0; w < 16; ++w) _mm512_storeu_si512(out + w * stride, t[w]);
   } else {
-    for (int w = 0; w < words; ++w) _mm512_storeu_si512(out + w * 16, t[w]);
+    for (int w = 0; w < words; ++w) _mm512_storeu_si512(out + w * stride, t[w]);
   }
 }
 #endif
 
-// `rows` are the 16 entries' vectors of D (of zeros where there is no such entry).
+// `rows` are 16 vectors of D (of zeros where there is no such row); their words lie `stride` apart in the panel.
 template <class Way>
-static void pack_keys(const typename Way::Input* const* rows, int D, uint32_t* panel) {
+static void pack_keys(const typename Way::Input* const* rows, int D, uint32_t* panel, int stride = kPanel) {
   const int words = D / Way::kPerWord;
 #if defined(WINNOW_ISA_avx512)
   // Here every input is read as the words it already consists of.
@@ -61,11 +61,11 @@ static void pack_keys(const typename Way::Input* const* rows, int D, uint32_t* p
   for (int w = 0; w < words; w += kPanel) {
     const uint32_t* from[kPanel];
     for (int e = 0; e < kPanel; ++e) from[e] = reinterpret_cast<const uint32_t*>(rows[e]) + w;
-    transpose_words(from, words - w < kPanel ? words - w : kPanel, panel + w * kPanel);
+    transpose_words(from, words - w < kPanel ? words - w : kPanel, panel + w * stride, stride);
   }
 #else
   for (int w = 0; w < words; ++w)
-    for (int e = 0; e < kPanel; ++e) panel[w * kPanel + e] = Way::word(rows[e] + w * Way::kPerWord);
+    for (int e = 0; e < kPanel; ++e) panel[w * stride + e] = Way::word(rows[e] + w * Way::kPerWord);
 #endif
 }
 

@@ -1,4 +1,4 @@
-// Vectors of one instruction set, and the two ways of multiplying that the prefill kernel knows.
+// Vectors of one instruction set, and the two ways of multiplying that the kernels bound by products know.
 //
 // Everything is written in GCC/Clang vector extensions, so that one source serves every set; only what
 // they cannot say (bf16 dot products, conversions) uses intrinsics.
@@ -31,6 +31,8 @@ constexpr int kLanes = 4, kTileRows = 2, kTileVectors = 4;
 constexpr int kPanel = 16;
 constexpr int kPanelVectors = kPanel / kLanes;
 constexpr int kTilePanels = kTileVectors / kPanelVectors;
+
+constexpr float kLog2E = 1.44269504088896341f;
 
 typedef float Vec __attribute__((vector_size(kLanes * 4)));
 typedef int32_t VecInt __attribute__((vector_size(kLanes * 4)));

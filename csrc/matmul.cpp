@@ -1,0 +1,212 @@
+// Products of many rows with a large matrix.
+//
+// The weights of kItem outputs are packed so that a full vector holds one word of several outputs, and x in strips
+// of kTileRows rows of which one word is broadcast. A thread packs a slab of weights that stays in its second-level
+// cache, and lets every strip of x pass over it. Both streams are fetched ahead by hand: the processor's own
+// prefetching stops at every page of 4 KiB.
+#include "matmul.h"
+
+#include <omp.h>
+
+#include <algorithm>
+#include <cstring>
+
+#include "scratch.h"
+#include "tile_pack.h"
+
+namespace winnow {
+namespace WINNOW_ISA {
+namespace {
+
+constexpr int kColumns = kTileVectors * kLanes;  // outputs of a micro-tile
+constexpr int kItem = 64;                        // outputs of a slab of weights
+constexpr int64_t kWords = 1024;                 // words of each of them in a slab, at most
+constexpr int64_t kStripsBytes = 16 << 20;       // packed rows of x, at most
+constexpr int kAheadWeights = 1024, kAheadRows = 3072;  // bytes
+constexpr double kSerialProducts = 1 << 18;  // below this, waking another thread does not pay
+static_assert(kItem % kColumns == 0 && kColumns % kPanel == 0, "micro-tiles fill a slab, panels a micro-tile");
+
+thread_local Scratch scratch;
+
+// sums[kTileRows][kItem] of one micro-tile: products of a strip with `words` words of the weights, added to what is
+// there or instead of it.
+template <class Way>
+WINNOW_NOINLINE void multiply_strip(const uint32_t* x, const uint32_t* w, int64_t words, float* sums, bool add) {
+  Vec acc[kTileRows][kTileVectors];
+#pragma GCC unroll 8
+  for (int r = 0; r < kTileRows; ++r)
+#pragma GCC unroll 8
+    for (int j = 0; j < kTileVectors; ++j) acc[r][j] = add ? load(sums + r * kItem + j * kLanes) : Vec{};
+  // There is always a word, and saying so to the compiler keeps the sums in registers.
+  const uint32_t* const end = x + words * kTileRows;
+  do {
+    __builtin_prefetch(reinterpret_cast<const char*>(x) + kAheadRows);
+    Vec b[kTileVectors];
+#pragma GCC unroll 8
+    for (int j = 0; j < kTileVectors; ++j) {
+      b[j] = load(w + j * kLanes);
+      if (j * kLanes % 16 == 0) __builtin_prefetch(reinterpret_cast<const char*>(w + j * kLanes) + kAheadWeights);
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < kTileRows; ++r) {
+      const Vec a = splat_word(x + r);
+#pragma GCC unroll 8
+      for (int j = 0; j < kTileVectors; ++j) acc[r][j] = Way::dot(acc[r][j], a, b[j]);
+    }
+    x += kTileRows;
+    w += kColumns;
+  } while (x != end);
+#pragma GCC unroll 8
+  for (int r = 0; r < kTileRows; ++r)
+#pragma GCC unroll 8
+    for (int j = 0; j < kTileVectors; ++j) store(sums + r * kItem + j * kLanes, acc[r][j]);
+}
+
+// silu(gate) * up.
+static inline Vec gated(Vec gate, Vec up) {
+  const Vec power = gate * splat(-kLog2E), most = splat(126.f);  // 2^126 makes it 0 as well as more would
+  return gate / (exp2v<5>(power > most ? most : power) + splat(1.f)) * up;
+}
+
+template <class Way, bool kGated>
+class Matmul {
+  using Input = typename Way::Input;
+  static constexpr int kOutputs = kGated ? kItem / 2 : kItem;  // of a slab, whose second half are their up weights
+
+ public:
+  explicit Matmul(const MatmulArgs& args)
+      : a_(args),
+        words_((args.inner + Way::kPerWord - 1) / Way::kPerWord),
+        outputs_(kGated ? args.outer / 2 : args.outer) {}
+
+  void run() {
+    const double products = static_cast<double>(a_.rows) * static_cast<double>(a_.outer) * static_cast<double>(a_.inner);
+    const int threads = products < kSerialProducts ? 1 : omp_get_max_threads();
+    prefer_large_pages(a_.out, a_.rows * a_.out_stride * static_cast<int64_t>(sizeof(Input)));
+    const int64_t block = std::max<int64_t>(kStripsBytes / (words_ * 4) / kTileRows, 1) * kTileRows;
+    for (int64_t first = 0; first < a_.rows; first += block) run_rows(first, std::min(block, a_.rows - first), threads);
+  }
+
+ private:
+  // Rows whose strips are held at a time.
+  void run_rows(int64_t first, int64_t rows, int threads) {
+    const int64_t strips = (rows + kTileRows - 1) / kTileRows, items = (outputs_ + kOutputs - 1) / kOutputs;
+    // Where there are fewer slabs than keep the threads busy, several threads share the strips of one.
+    const int64_t parts = std::clamp<int64_t>(threads > 1 ? 4 * threads / items : 1, 1, strips);
+    // One piece, because large pages pay and every thread's slab alone would not fill one.
+    const int64_t slab_words = std::min(kWords, words_) * kItem;
+    const int64_t sums = (words_ <= kWords ? 1 : (strips + parts - 1) / parts) * kTileRows * kItem;
+    uint32_t* const slabs = reinterpret_cast<uint32_t*>(
+        scratch.take((threads * (slab_words + sums) + strips * kTileRows * words_) * 4));
+    uint32_t* const packed = slabs + threads * (slab_words + sums);
+#pragma omp parallel num_threads(threads)
+    {
+#pragma omp for schedule(static)
+      for (int64_t s = 0; s < strips; ++s) pack_strip(first, rows, s, strips, packed);
+#pragma omp for schedule(dynamic, 1)
+      for (int64_t i = 0; i < items * parts; ++i) {
+        const int64_t part = i % parts;
+        uint32_t* const slab = slabs + omp_get_thread_num() * (slab_words + sums);
+        multiply_slab(first, rows, i / parts * kOutputs, strips * part / parts, strips * (part + 1) / parts, strips, packed,
+                      slab, reinterpret_cast<float*>(slab + slab_words));
+      }
+    }
+  }
+
+  // Words at..end of strip s lie behind those of all strips before `at`: what passes a slab together lies together.
+  static const uint32_t* strip(const uint32_t* packed, int64_t strips, int64_t s, int64_t at, int64_t count) {
+    return packed + (strips * at + s * count) * kTileRows;
+  }
+
+  void pack_strip(int64_t first, int64_t rows, int64_t s, int64_t strips, uint32_t* packed) const {
+    for (int r = 0; r < kTileRows; ++r) {
+      const int64_t row = s * kTileRows + r;
+      const Input* const from = static_cast<const Input*>(a_.x) + (first + row) * a_.x_stride;
+      for (int64_t at = 0; at < words_; at += kWords) {
+        const int64_t count = std::min(kWords, words_ - at);
+        uint32_t* const to = const_cast<uint32_t*>(strip(packed, strips, s, at, count)) + r;
+        for (int64_t k = 0; k < count; ++k) to[k * kTileRows] = row < rows ? word(from, at + k) : 0;
+      }
+    }
+  }
+
+  // Word k of a row, zero behind its end.
+  uint32_t word(const Input* row, int64_t k) const {
+    if ((k + 1) * Way::kPerWord <= a_.inner) return Way::word(row + k * Way::kPerWord);
+    Input last[Way::kPerWord] = {};
+    std::copy(row + k * Way::kPerWord, row + a_.inner, last);
+    return Way::word(last);
+  }
+
+  // Which row of the weights is number n of the slab of outputs from `column` on. Behind the last output its row
+  // stands in: what it gives is not written.
+  int64_t weight(int64_t column, int64_t n) const {
+    return n < kOutputs ? std::min(column + n, outputs_ - 1) : outputs_ + std::min(column + n - kOutputs, outputs_ - 1);
+  }
+
+  // Outputs `column` .. `column + kOutputs - 1` of some strips.
+  void multiply_slab(int64_t first, int64_t rows, int64_t column, int64_t from, int64_t to, int64_t strips,
+                     const uint32_t* packed, uint32_t* slab, float* sums) const {
+    const int64_t columns = std::min<int64_t>(kOutputs, outputs_ - column);
+    const bool whole = words_ <= kWords;  // so that no sums need to be kept
+    float bias[kItem] = {};
+    if (a_.bias)
+      for (int n = 0; n < kItem; ++n) bias[n] = to_float(static_cast<const Input*>(a_.bias)[weight(column, n)]);
+    for (int64_t at = 0; at < words_; at += kWords) {
+      const int64_t count = std::min(kWords, words_ - at);
+      pack_slab(column, at, count, slab);
+      for (int64_t s = from; s < to; ++s) {
+        float* const tile = sums + (whole ? 0 : s - from) * kTileRows * kItem;
+        for (int c = 0; c < kItem; c += kColumns)
+          multiply_strip<Way>(strip(packed, strips, s, at, count), slab + c * count, count, tile + c, at > 0);
+        if (at + count == words_) {
+          Input* const out = static_cast<Input*>(a_.out) + (first + s * kTileRows) * a_.out_stride + column;
+          write(tile, bias, std::min<int64_t>(kTileRows, rows - s * kTileRows), columns, out);
+        }
+      }
+    }
+  }
+
+  // [kItem / kColumns][words][kColumns]
+  void pack_slab(int64_t column, int64_t at, int64_t count, uint32_t* slab) const {
+    const int64_t first = at * Way::kPerWord, full = std::min(count, a_.inner / Way::kPerWord - at);
+    const Input* const w = static_cast<const Input*>(a_.w);
+    for (int64_t n = 0; n < kItem; n += kPanel) {
+      const Input* rows[kPanel];
+      for (int e = 0; e < kPanel; ++e) rows[e] = w + weight(column, n + e) * a_.w_stride + first;
+      uint32_t* const to = slab + n / kColumns * kColumns * count + n % kColumns;
+      pack_keys<Way>(rows, static_cast<int>(full * Way::kPerWord), to, kColumns);
+      if (full < count)
+        for (int e = 0; e < kPanel; ++e) to[full * kColumns + e] = word(rows[e] - first, at + full);
+    }
+  }
+
+  void write(const float* sums, const float* bias, int64_t rows, int64_t columns, Input* out) const {
+    for (int64_t r = 0; r < rows; ++r, sums += kItem, out += a_.out_stride)
+      for (int64_t n = 0; n < columns; n += kLanes) {
+        Vec v = load(sums + n) + load(bias + n);
+        if constexpr (kGated) v = gated(v, load(sums + kOutputs + n) + load(bias + kOutputs + n));
+        if (n + kLanes <= columns) {
+          store_as(out + n, v);
+        } else {
+          for (int64_t i = 0; n + i < columns; ++i) from_float(v[i], out + n + i);
+        }
+      }
+  }
+
+  const MatmulArgs& a_;
+  const int64_t words_;    // of a row, the last one filled up with zeros
+  const int64_t outputs_;  // columns of the result
+};
+
+template <bool kGated>
+void matmul(const MatmulArgs& a) {
+  a.type == Dtype::f32 ? Matmul<Float32Way, kGated>(a).run() : Matmul<Bf16Way, kGated>(a).run();
+}
+
+}  // namespace
+
+MatmulKernels matmul_kernels() { return {matmul<false>, matmul<true>}; }
+
+}  // namespace WINNOW_ISA
+}  // namespace winnow

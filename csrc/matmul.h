@@ -1,0 +1,24 @@
+// Products of many rows with a large matrix, out = x @ w^T + bias, bound by arithmetic. See src/winnow/kernels/matmul.
+// The gated one holds gate and then up weights: out = silu(gate) * up, half as wide.
+#pragma once
+#include "matvec.h"  // Dtype
+
+namespace winnow {
+
+// Strides are in elements; the last dimension of every operand is contiguous, and all have one type.
+struct MatmulArgs {
+  const void* x;     // [rows, inner]
+  const void* w;     // [outer, inner]
+  const void* bias;  // [outer] or null
+  void* out;         // [rows, outer], gated [rows, outer / 2]
+  int64_t x_stride, w_stride, out_stride;
+  int64_t rows, outer, inner;
+  Dtype type;
+};
+
+struct MatmulKernels {
+  void (*matmul)(const MatmulArgs&);
+  void (*gated)(const MatmulArgs&);
+};
+
+}  // namespace winnow

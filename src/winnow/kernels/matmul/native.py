@@ -1,0 +1,70 @@
+"""Matrix products in C++ (csrc/matmul.cpp)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from winnow.kernels.backend import extension
+
+__all__ = ["gated_matmul", "is_faster", "matmul", "unsupported"]
+
+_TYPES = {torch.float32: 0, torch.bfloat16: 1}
+
+
+def is_faster() -> bool:
+    """Whether the kernel beats PyTorch's products on this processor; `winnow bench kernels` measures both.
+
+    So it was on AMD's Zen 4, in bfloat16 and float32. What has tiles for products (AMX) is left to
+    PyTorch, and so is what has neither AVX-512 nor AVX2.
+    """
+    native = extension()
+    return native is not None and native.current_isa() in ("avx512", "avx2") and not native.has_matrix_tiles()
+
+
+def unsupported(x_RK: Tensor, w_NK: Tensor, bias_N: Tensor | None) -> str:
+    """Why the native kernel cannot take these operands; empty where it can."""
+    if x_RK.dtype not in _TYPES:
+        return f"x is {x_RK.dtype}, not float32 or bfloat16"
+    if w_NK.device != x_RK.device or not (bias_N is None or bias_N.device == x_RK.device):
+        return "weights or bias lie on another device"
+    # A dimension of one element may carry any stride.
+    if x_RK.shape[1] > 1 and (x_RK.stride(1) != 1 or w_NK.stride(1) != 1):
+        return "the last dimension is not contiguous"
+    if bias_N is not None and not bias_N.is_contiguous():
+        return "the bias is not contiguous"
+    if x_RK.shape[1] == 0:
+        return "there is nothing to sum"
+    return ""
+
+
+def matmul(x_RK: Tensor, w_NK: Tensor, bias_N: Tensor | None) -> Tensor:
+    return _product(x_RK, w_NK, bias_N, gated=False)
+
+
+def gated_matmul(x_RK: Tensor, w_NK: Tensor, bias_N: Tensor | None) -> Tensor:
+    return _product(x_RK, w_NK, bias_N, gated=True)
+
+
+def _product(x_RK: Tensor, w_NK: Tensor, bias_N: Tensor | None, *, gated: bool) -> Tensor:
+    (rows, inner), outer = x_RK.shape, w_NK.shape[0]
+    wide = outer // 2 if gated else outer
+    out_RN = torch.empty(rows, wide, dtype=x_RK.dtype)
+    native = extension()
+    assert native is not None
+    if rows and wide:
+        native.matmul(
+            gated,
+            _TYPES[x_RK.dtype],
+            x_RK.data_ptr(),
+            x_RK.stride(0),
+            w_NK.data_ptr(),
+            w_NK.stride(0),
+            0 if bias_N is None else bias_N.data_ptr(),
+            out_RN.data_ptr(),
+            wide,
+            rows,
+            outer,
+            inner,
+        )
+    return out_RN
