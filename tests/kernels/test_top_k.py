@@ -114,6 +114,19 @@ def test_strided_rows_and_two_threads(isa: str) -> None:
     torch.set_num_threads(before)
 
 
+@pytest.mark.parametrize("threads", [1, 2])
+def test_rows_of_all_lengths_in_turn(isa: str, threads: int) -> None:
+    """While one row is sorted out the next one is fetched, be it empty, short, sampled or not wanted."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    lengths = torch.tensor(
+        [0, 70_000, 5, 9_000, 0, 0, 33_001, 8_192, 8_191, 0, 64, 40_000], dtype=torch.int32
+    )
+    k = torch.tensor([3, 700, 5, 0, 1, 0, 900, 8_192, 50, 2, 1, 40], dtype=torch.int32)
+    check(make("normal", 12, 70_001)[:, 1:], lengths, k)
+    torch.set_num_threads(before)
+
+
 @pytest.mark.parametrize(
     ("lengths", "k", "remedy"),
     [
