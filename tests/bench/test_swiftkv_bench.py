@@ -21,11 +21,11 @@ def test_rows_add_up(tmp_path: Path, capsys) -> None:
     assert [row["name"] for row in report["rows"]] == list(forms(4))
     assert all(len(row["first_token"]) == len(row["decode"]) == 2 for row in report["rows"])
     assert full["over_full"] == full["multiplications"] == 1.0
-    assert 1.0 > most["multiplications"] > half["multiplications"] > group["multiplications"] > 0.5
+    # Nobody reads what the last layer makes of a prompt's rows, so that leaving it out saves nothing.
+    assert 1.0 == most["multiplications"] > half["multiplications"] > group["multiplications"] > 0.5
     # Of four layers prompts pass three or two; in the others there is the prompt's last row alone.
     heads, square = 4, 300 * 301 // 2
-    assert full["score_entries"] == heads * 4 * square
-    assert most["score_entries"] == heads * (3 * square + 300)
+    assert full["score_entries"] == most["score_entries"] == heads * (3 * square + 300)
     assert half["score_entries"] == group["score_entries"] == heads * (2 * square + 2 * 300)
     assert full["bytes_stored"] == most["bytes_stored"] == half["bytes_stored"]
     assert 4 * group["bytes_stored"] == 3 * full["bytes_stored"]
@@ -49,4 +49,5 @@ def test_the_lifecycle_benchmark_transforms_the_model(tmp_path: Path) -> None:
     for row in samples["rows"]:
         scores[row[system]] += row[count]
     assert scores["swiftkv:layers=6"] == scores["full"]
-    assert 0.5 * scores["full"] < scores["swiftkv"] < 0.6 * scores["full"]
+    # Prompts pass three layers of five: the last one takes the last row alone under every recipe.
+    assert 0.6 * scores["full"] < scores["swiftkv"] < 0.7 * scores["full"]

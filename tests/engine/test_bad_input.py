@@ -69,7 +69,7 @@ class Interrupting:
     def __getattr__(self, name):
         return getattr(self._model, name)
 
-    def forward(self, token_ids, position_ids, rows, attend):
+    def forward(self, token_ids, position_ids, rows, attend, read=None):
         self._calls += 1
 
         def interrupted(layer, *rest):
@@ -77,7 +77,7 @@ class Interrupting:
                 raise KeyboardInterrupt
             return attend(layer, *rest)
 
-        return self._model.forward(token_ids, position_ids, rows, interrupted)
+        return self._model.forward(token_ids, position_ids, rows, interrupted, read)
 
 
 @pytest.mark.parametrize("at_call", [1, 2, 3])

@@ -100,6 +100,8 @@ def _multiplications(module: Any, first: int, group: int, score_entries: int, to
     config, block = module.config, module.base_model.layers[0]
     whole: int = sum(weight.numel() for weight in block.parameters() if weight.ndim == 2)
     entries: int = sum(f.weight.numel() for f in (block.self_attn.k_proj, block.self_attn.v_proj))
+    # The rows that nobody reads skip the last layer of every model.
+    first = min(first, int(config.num_hidden_layers) - 1)
     groups = (int(config.num_hidden_layers) - first) // group
     return tokens * (first * whole + groups * entries) + 2 * int(config.head_dim) * score_entries
 

@@ -56,6 +56,7 @@ def prefilled(
                 stats=stats,
                 first=0,
                 last=count,
+                read=count,
                 prompt=True,
                 final=at + count == len(tokens),
             )
@@ -64,6 +65,7 @@ def prefilled(
                 torch.arange(at, at + count),
                 torch.arange(0),
                 StepAttention([part], model.slots, backend),
+                torch.arange(0),
             )
             store.advance(count)
     except BaseException:

@@ -40,6 +40,9 @@ class Slice:
 
     Attributes
     ----------
+    read : int
+        First row whose result somebody reads once all layers are through: it is drawn from, or a
+        compression looks at its query. ``last`` where there is none.
     prompt : bool
         The rows are prompt tokens (generation acts), not a decode step (loading acts).
     final : bool
@@ -50,6 +53,7 @@ class Slice:
     stats: Stats
     first: int
     last: int
+    read: int
     prompt: bool
     final: bool
 
@@ -71,20 +75,29 @@ class StepAttention:
         self, layer: int, q_NHD: Tensor, k_NHD: Tensor, v_NHD: Tensor, spec: AttentionSpec
     ) -> Tensor:
         """Attention of layer ``layer`` over the packed rows; shapes as in ``types.Attend``."""
-        outs = [q_NHD[:0]]
-        last_only, at = len(q_NHD) < self._slices[-1].last, 0
-        for part, positions_T in zip(self._slices, self._positions, strict=True):
-            rows = slice(part.first, part.last)
+        outs, at = [q_NHD[:0]], 0
+        firsts = self._first_rows(len(q_NHD))
+        for part, positions_T, first in zip(self._slices, self._positions, firsts, strict=True):
             if self._owns(layer):
+                rows = slice(part.first, part.last)
                 part.sequence.store.append(self._slots[layer], k_NHD[rows], v_NHD[rows], positions_T)
-            if last_only:
-                rows, positions_T = slice(at, at + part.final), positions_T[-1:]
-                at += part.final
-            if rows.stop > rows.start:
+            if count := part.last - first:
                 run = self._prefill if part.prompt else self._decode
-                outs.append(run(part, layer, q_NHD[rows], positions_T, spec).out.to(q_NHD.dtype))
-        assert sum(map(len, outs)) == len(q_NHD), "every query belongs to a slice"
+                q_THD = q_NHD[at : at + count]
+                outs.append(run(part, layer, q_THD, positions_T[-count:], spec).out.to(q_NHD.dtype))
+                at += count
         return outs[1] if len(outs) == 2 else torch.cat(outs)
+
+    def _first_rows(self, queries: int) -> list[int]:
+        """Where in each slice the queries begin that a layer gives: of all rows, or those read, or drawn."""
+        for firsts in (
+            [part.first for part in self._slices],
+            [part.read for part in self._slices],
+            [part.last - part.final for part in self._slices],
+        ):
+            if sum(part.last - first for part, first in zip(self._slices, firsts, strict=True)) == queries:
+                return firsts
+        raise AssertionError(f"{queries} queries are not those of any layer")
 
     def _owns(self, layer: int) -> bool:
         """Whether a layer has keys and values of its own, or is the first of those that share them."""

@@ -117,6 +117,13 @@ class Compression:
         wanted = self.recipe.needs.mass
         return wanted == "all" or (wanted == "decode" and not prompt)
 
+    def looks_from(self, end: int) -> int:
+        """First position of a prompt that ends before ``end`` of which it wants the query or the mass."""
+        since = self.queries.since(end)
+        if self.wants_mass(prompt=True) or (self.recipe.block and since < end):
+            return 0  # a prompt of blocks ends at each border
+        return since
+
     def watch(self, seen: Glimpse) -> None:
         """Hand a call's attention mass to the scorer."""
         self.recipe.score.watch(seen, self._score_state)

@@ -120,7 +120,7 @@ class Embedder(Engine):
     def _step(self) -> list[Event]:
         packed = pack(self._running, self._shares(self._running))
         with torch.inference_mode():
-            ids_N, positions_N, _ = packed.tensors(self.model.device)
+            ids_N, positions_N, _, _ = packed.tensors(self.model.device)
             attention = StepAttention(packed.slices, self.model.slots, self.backend)
             hidden_NK = self._hidden(ids_N, positions_N, attention)
             for part, run in zip(packed.slices, packed.runs, strict=True):

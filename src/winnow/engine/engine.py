@@ -288,7 +288,8 @@ class Engine:
         packed = pack(self._running, self._shares(self._running))
         with torch.inference_mode():
             attention = StepAttention(packed.slices, self.model.slots, self.backend)
-            logits_MV = self.model.forward(*packed.tensors(self.model.device), attention)
+            ids_N, positions_N, rows_M, read_P = packed.tensors(self.model.device)
+            logits_MV = self.model.forward(ids_N, positions_N, rows_M, attention, read_P)
             events: list[Event] = []
             row = 0
             for part, run in zip(packed.slices, packed.runs, strict=True):

@@ -47,6 +47,12 @@ class QueryWatch:
         self.forget()
         self._active, self._every = True, True
 
+    def since(self, end: int) -> int:
+        """First position of a prompt that ends before ``end`` whose query somebody may ask for."""
+        if not self._active:
+            return end
+        return 0 if self._every or self._random else max(0, end - self._window)
+
     def see(self, layer: int, q_THD: Tensor, positions_T: Tensor) -> None:
         """Take what is asked for from the queries of one chunk."""
         if not self._active:

@@ -92,10 +92,22 @@ class FusedModel:
             _in_huge_pages(self.stack)
 
     @torch.inference_mode()
-    def forward(self, token_ids: Tensor, position_ids: Tensor, rows: Tensor, attend: Attend) -> Tensor:
+    def forward(
+        self,
+        token_ids: Tensor,
+        position_ids: Tensor,
+        rows: Tensor,
+        attend: Attend,
+        read: Tensor | None = None,
+    ) -> Tensor:
         """See :meth:`winnow.types.LanguageModel.forward`."""
-        x_NK, delta_NK = self._run(token_ids, position_ids, attend)
         rows = rows.to(self.device)
+        if read is not None and len(read) < len(token_ids) and self.layers > 1:
+            read = read.to(self.device)
+            x_PK, delta_PK = self._run_narrow(token_ids, position_ids, read, attend)
+            rows = torch.searchsorted(read, rows)
+            return self.stack.logits(x_PK[rows], None if delta_PK is None else delta_PK[rows])
+        x_NK, delta_NK = self._run(token_ids, position_ids, attend)
         return self.stack.logits(x_NK[rows], delta_NK[rows])
 
     @torch.inference_mode()
@@ -105,9 +117,25 @@ class FusedModel:
 
     def _run(self, token_ids: Tensor, position_ids: Tensor, attend: Attend) -> tuple[Tensor, Tensor]:
         """``[N, K]`` twice: what the last layer was given, and what it still adds to that."""
-        x_NK = functional.embedding(token_ids.to(self.device), self.stack.embedding)
-        angles = self.stack.angles(position_ids.to(self.device))
+        x_NK, angles = self._begin(token_ids, position_ids)
         return x_NK, self.stack.run(x_NK, angles, attend, range(self.layers))
+
+    def _run_narrow(
+        self, token_ids: Tensor, position_ids: Tensor, read: Tensor, attend: Attend
+    ) -> tuple[Tensor, Tensor | None]:
+        """The same ``[P, K]`` of the rows that are read: others give the last layer keys and values."""
+        stack, last = self.stack, self.layers - 1
+        x_NK, angles = self._begin(token_ids, position_ids)
+        delta_NK = stack.run(x_NK, angles, attend, range(last))
+        normed_NK = stack.normed(x_NK, delta_NK, stack.layers[last].input_norm)  # adds delta to x
+        k_NHD, v_NHD = stack.keys_values(stack.own_keys_values(last), normed_NK, angles, stack.layers[last])
+        x_PK, angles_P = x_NK[read], (angles[0][read], angles[1][read])
+        return x_PK, stack.narrow(last, x_PK, None, angles_P, k_NHD, v_NHD, attend)
+
+    def _begin(self, token_ids: Tensor, position_ids: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """What the first layer is given, and the angles of all."""
+        x_NK = functional.embedding(token_ids.to(self.device), self.stack.embedding)
+        return x_NK, self.stack.angles(position_ids.to(self.device))
 
     def walk(self) -> LayerWalk:
         """See :meth:`winnow.types.LanguageModel.walk`."""

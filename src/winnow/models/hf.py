@@ -95,7 +95,14 @@ class HFModel:
         return self._model
 
     @torch.inference_mode()
-    def forward(self, token_ids: Tensor, position_ids: Tensor, rows: Tensor, attend: Attend) -> Tensor:
+    def forward(
+        self,
+        token_ids: Tensor,
+        position_ids: Tensor,
+        rows: Tensor,
+        attend: Attend,
+        read: Tensor | None = None,
+    ) -> Tensor:
         """See :meth:`winnow.types.LanguageModel.forward`."""
         rows = rows.to(self.device)
         keep: dict[str, Any] = {"logits_to_keep": rows} if self._takes_rows else {}

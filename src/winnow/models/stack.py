@@ -126,6 +126,44 @@ class LlamaStack:
         out_NAD = attend(index, q_NAD, k_NHD, v_NHD, layer.spec)
         return layer.output(out_NAD.reshape(len(normed_NK), A * D))
 
+    def own_keys_values(self, index: int) -> Linear:
+        """The key and value rows of a layer's joined matrix."""
+        return self.layers[index].qkv.rows(self.query_heads * self.head_dim)
+
+    def keys_values(
+        self, linear: Linear, normed_NK: Tensor, angles: tuple[Tensor, Tensor], layer: LayerWeights
+    ) -> tuple[Tensor, Tensor]:
+        """Keys, turned, and values ``[N, H, D]`` of a matrix that joins the weights of both."""
+        H, D = self.kv_heads, self.head_dim
+        heads_NHD = linear(normed_NK).view(len(normed_NK), 2 * H, D)
+        self.rotate(heads_NHD, angles, layer, queries=0, keys=H)
+        k_NHD, v_NHD = heads_NHD.chunk(2, dim=1)
+        return k_NHD, v_NHD
+
+    def narrow(
+        self,
+        index: int,
+        x_MK: Tensor,
+        delta_MK: Tensor | None,
+        angles_M: tuple[Tensor, Tensor],
+        k_NHD: Tensor,
+        v_NHD: Tensor,
+        attend: Attend,
+    ) -> Tensor | None:
+        """A layer that only ``M`` rows pass, beside the keys and values of all tokens.
+
+        ``x_MK`` changes in place; what is still to be added to it is returned, None where there are no rows.
+        """
+        layer, A, D, M = self.layers[index], self.query_heads, self.head_dim, len(x_MK)
+        if M == 0:
+            attend(index, k_NHD.new_empty(0, A, D), k_NHD, v_NHD, layer.spec)
+            return None
+        normed_MK = self.normed(x_MK, delta_MK, layer.input_norm)
+        q_MAD = layer.qkv.rows(0, A * D)(normed_MK).view(M, A, D)
+        self.rotate(q_MAD, angles_M, layer, queries=A, keys=0)
+        out_MAD = attend(index, q_MAD, k_NHD, v_NHD, layer.spec)
+        return self.mlp(index, x_MK, layer.output(out_MAD.reshape(M, A * D)))
+
     def mlp(self, index: int, x_NK: Tensor, delta_NK: Tensor) -> Tensor:
         """Add ``delta_NK`` to ``x_NK`` in place; what the layer's MLP adds next."""
         layer = self.layers[index]
@@ -179,12 +217,10 @@ class StackWalk:
     def keys_values(self, layer: int, hidden_NK: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
         """See :meth:`winnow.types.LayerWalk.keys_values`."""
         stack, weights = self._stack, self._stack.layers[layer]
-        H, D = stack.kv_heads, stack.head_dim
         normed_NK = stack.normed(hidden_NK.contiguous(), None, weights.input_norm)
-        heads_NAD = weights.qkv.rows(stack.query_heads * D)(normed_NK).view(len(hidden_NK), 2 * H, D)
-        stack.rotate(heads_NAD, self._angles_at(position_ids), weights, queries=0, keys=H)
-        k_NHD, v_NHD = heads_NAD.chunk(2, dim=1)
-        return k_NHD, v_NHD
+        return stack.keys_values(
+            stack.own_keys_values(layer), normed_NK, self._angles_at(position_ids), weights
+        )
 
     @torch.inference_mode()
     def layer(self, layer: int, hidden_NK: Tensor, position_ids: Tensor, attend: Attend) -> Tensor:

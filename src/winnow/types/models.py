@@ -20,8 +20,9 @@ Attend = Callable[[int, Tensor, Tensor, Tensor, AttentionSpec], Tensor]
 ``q_NHD`` is ``[N, H * G, D]`` after RoPE, ``k_NHD`` (after RoPE) and ``v_NHD`` are ``[N, H, D]``, ``N``
 the tokens of all packed sequences; only the last dimension is contiguous. The result is
 ``[N, H * G, D]`` in the dtype of the queries. It is called once per layer, in ascending order.
-A layer that reads the entries of an earlier one gives no keys and values, and a layer that only rows with
-logits pass gives the queries of those rows alone, in their order, beside the keys and values of all tokens.
+A layer that reads the entries of an earlier one gives no keys and values, and a layer that only some rows
+pass (those that are read, or those with logits) gives the queries of these rows alone, in their order, beside
+the keys and values of all tokens.
 """
 
 
@@ -100,7 +101,14 @@ class LanguageModel(Protocol):
         """
         ...
 
-    def forward(self, token_ids: Tensor, position_ids: Tensor, rows: Tensor, attend: Attend) -> Tensor:
+    def forward(
+        self,
+        token_ids: Tensor,
+        position_ids: Tensor,
+        rows: Tensor,
+        attend: Attend,
+        read: Tensor | None = None,
+    ) -> Tensor:
         """Run all layers over packed tokens.
 
         Parameters
@@ -110,6 +118,9 @@ class LanguageModel(Protocol):
         rows : Tensor
             ``[M]`` int64: which of the ``N`` rows get logits; may be empty.
         attend : Attend
+        read : Tensor or None
+            ``[P]`` int64, ascending, ``rows`` among them: the rows that pass the last layer, of which the
+            others need only keys and values. None lets all pass, and so may a model that cannot tell.
 
         Returns
         -------

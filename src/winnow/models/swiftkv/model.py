@@ -75,53 +75,36 @@ class SwiftKVModel:
         }
 
     @torch.inference_mode()
-    def forward(self, token_ids: Tensor, position_ids: Tensor, rows: Tensor, attend: Attend) -> Tensor:
-        """See :meth:`winnow.types.LanguageModel.forward`."""
+    def forward(
+        self,
+        token_ids: Tensor,
+        position_ids: Tensor,
+        rows: Tensor,
+        attend: Attend,
+        read: Tensor | None = None,
+    ) -> Tensor:
+        """See :meth:`winnow.types.LanguageModel.forward`; the later layers take ``rows`` alone."""
+        if self._norm is None:
+            return self.base.forward(token_ids, position_ids, rows, attend, read)
         token_ids, position_ids, rows = (t.to(self.device) for t in (token_ids, position_ids, rows))
         stack = self._stack
         x_NK = functional.embedding(token_ids, stack.embedding)
         angles = stack.angles(position_ids)
         delta_NK = stack.run(x_NK, angles, attend, range(self.first))
-        if self._norm is None:
-            return stack.logits(x_NK[rows], delta_NK[rows])
         shared_NK = stack.normed(x_NK, delta_NK, self._norm)  # adds delta to x
         x_MK, delta_MK, angles_M = x_NK[rows], None, (angles[0][rows], angles[1][rows])
         for layer in range(self.first, self.layers):
             k_NHD, v_NHD = self._entries(layer, shared_NK, angles)
-            delta_MK = self._layer(layer, x_MK, delta_MK, angles_M, k_NHD, v_NHD, attend)
+            delta_MK = stack.narrow(layer, x_MK, delta_MK, angles_M, k_NHD, v_NHD, attend)
         return stack.logits(x_MK, delta_MK)
 
     def _entries(self, layer: int, shared_NK: Tensor, angles: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         """Keys and values ``[N, H, D]`` of a group, at its first layer; none at the others."""
-        H, D, stack = self.kv_heads, self.head_dim, self._stack
         if layer not in self._keys_values:
-            empty = shared_NK.new_empty(0, H, D)
+            empty = shared_NK.new_empty(0, self.kv_heads, self.head_dim)
             return empty, empty
-        heads_NHD = self._keys_values[layer](shared_NK).view(len(shared_NK), 2 * H, D)
-        stack.rotate(heads_NHD, angles, stack.layers[layer], queries=0, keys=H)
-        k_NHD, v_NHD = heads_NHD.chunk(2, dim=1)
-        return k_NHD, v_NHD
-
-    def _layer(
-        self,
-        layer: int,
-        x_MK: Tensor,
-        delta_MK: Tensor | None,
-        angles_M: tuple[Tensor, Tensor],
-        k_NHD: Tensor,
-        v_NHD: Tensor,
-        attend: Attend,
-    ) -> Tensor | None:
-        """A later layer over the rows that get logits; without any, its entries are stored all the same."""
-        stack, weights = self._stack, self._stack.layers[layer]
-        A, D, M = self.query_heads, self.head_dim, len(x_MK)
-        if M == 0:
-            attend(layer, k_NHD.new_empty(0, A, D), k_NHD, v_NHD, weights.spec)
-            return None
-        q_MAD = weights.qkv(stack.normed(x_MK, delta_MK, weights.input_norm)).view(M, A, D)
-        stack.rotate(q_MAD, angles_M, weights, queries=A, keys=0)
-        out_MAD = attend(layer, q_MAD, k_NHD, v_NHD, weights.spec)
-        return stack.mlp(layer, x_MK, weights.output(out_MAD.reshape(M, A * D)))
+        stack = self._stack
+        return stack.keys_values(self._keys_values[layer], shared_NK, angles, stack.layers[layer])
 
     def walk(self) -> LayerWalk:
         """Refused: the later layers' entries do not come from what these are given."""
