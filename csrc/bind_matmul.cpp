@@ -24,6 +24,9 @@ void bind_matmul(nb::module_& m) {
     nb::gil_scoped_release release;
     (gated ? table().matmul.gated : table().matmul.matmul)(args);
   });
+  m.def(
+      "multiply_peak", [](int64_t times) { return table().matmul.peak(times); },
+      nb::call_guard<nb::gil_scoped_release>());
   m.def("has_matrix_tiles", &has_matrix_tiles);
 }
 

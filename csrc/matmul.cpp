@@ -204,9 +204,22 @@ void matmul(const MatmulArgs& a) {
   a.type == Dtype::f32 ? Matmul<Float32Way, kGated>(a).run() : Matmul<Bf16Way, kGated>(a).run();
 }
 
+double peak(int64_t times) {
+  constexpr int64_t kShort = 64;  // words
+  double operations = 0;
+#pragma omp parallel reduction(+ : operations)
+  {
+    alignas(64) uint32_t x[kTileRows * kShort] = {}, w[kColumns * kShort] = {};
+    alignas(64) float sums[kTileRows * kItem] = {};
+    for (int64_t i = 0; i < times; ++i) multiply_strip<Bf16Way>(x, w, kShort, sums, true);
+    operations += 2.0 * Bf16Way::kPerWord * kTileRows * kColumns * kShort * static_cast<double>(times);
+  }
+  return operations;
+}
+
 }  // namespace
 
-MatmulKernels matmul_kernels() { return {matmul<false>, matmul<true>}; }
+MatmulKernels matmul_kernels() { return {matmul<false>, matmul<true>, peak}; }
 
 }  // namespace WINNOW_ISA
 }  // namespace winnow

@@ -19,6 +19,9 @@ struct MatmulArgs {
 struct MatmulKernels {
   void (*matmul)(const MatmulArgs&);
   void (*gated)(const MatmulArgs&);
+  // The bf16 micro-tile of the products again and again on operands in the first-level cache: what arithmetic
+  // alone allows. Every thread does it `times` times; returns the operations of all threads.
+  double (*peak)(int64_t times);
 };
 
 }  // namespace winnow

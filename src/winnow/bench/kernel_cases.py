@@ -13,11 +13,12 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear, scaled_dot_product_attention
+from torch.nn.functional import linear, scaled_dot_product_attention, silu
 
 from winnow.kernels.decode import decode
 from winnow.kernels.key_scan import Bits, KeyCodes, key_scan, quantize_keys
 from winnow.kernels.mass import mass
+from winnow.kernels.matmul import gated_matmul, matmul
 from winnow.kernels.matvec import Int8Weight, matvec, quantize_weight
 from winnow.kernels.prefill import prefill
 from winnow.kernels.quantize import Axis, Quantized, dequantize, quantize
@@ -28,7 +29,7 @@ from winnow.types import AttentionSpec, Blocks, Dense, Form, Segment, Selection,
 
 __all__ = ["OPS", "Contender", "Group", "groups"]
 
-OPS = ("prefill", "mass", "decode", "key_scan", "top_k", "matvec", "quantize")
+OPS = ("prefill", "mass", "decode", "key_scan", "top_k", "matmul", "matvec", "quantize")
 
 Versus = Literal["limit", "pytorch", "dense"]
 
@@ -362,6 +363,34 @@ def _decode(entries: int) -> Group:
 # --------------------------------------------------------------------------- matvec
 
 
+def _matmul(rows: int, inner: int, outer: int) -> Group:
+    """The linear layers of a prompt; as gate and up weights too, where there are as many."""
+    x_RK, w_NK = _normal(rows, inner), _settled(_normal(outer, inner))
+    work = 2.0 * rows * inner * outer
+
+    def pair(name: str, ours: Callable[[], object], theirs: Callable[[], object]) -> Iterator[Contender]:
+        yield Contender(name=name, op="matmul", run=ours, work=work, baselines=(f"torch {name}",))
+        yield Contender(name=f"torch {name}", op="matmul", run=theirs, work=work)
+
+    def torch_gated(gate_up_RN: Tensor) -> Tensor:
+        gate_RI, up_RI = gate_up_RN.chunk(2, 1)
+        return silu(gate_RI) * up_RI
+
+    plain = pair("product", lambda: matmul(x_RK, w_NK, backend="native"), lambda: linear(x_RK, w_NK))
+    gated = pair(
+        "gated product",
+        lambda: gated_matmul(x_RK, w_NK, backend="native"),
+        lambda: torch_gated(linear(x_RK, w_NK)),
+    )
+
+    return Group(
+        name=f"{rows} rows, {inner} to {outer}",
+        limit="matrix product",
+        contenders=(*plain, *(gated if outer > 4 * inner else ())),
+        config={"rows": rows, "inner": inner, "outer": outer},
+    )
+
+
 def _matvec(inner: int, outer: int, memory: int) -> Group:
     """Several weights of the shape, together beyond any cache, are read in turn."""
     copies = max(1, memory // (2 * inner * outer))
@@ -486,6 +515,10 @@ def groups(*, quick: bool, ops: tuple[str, ...]) -> Iterator[Callable[[], Group]
                 yield partial(_prefill, tokens, dim)
     if {"decode", "key_scan", "top_k"} & set(ops):
         yield partial(_decode, 8192 if quick else 65536)
+    if "matmul" in ops:
+        shapes = [(4096, 2048, 16384), (4096, 8192, 2048), (4096, 2048, 3072), (64, 2048, 16384)]
+        for rows, inner, outer in shapes[-1:] if quick else shapes:
+            yield partial(_matmul, rows, inner, outer)
     if "matvec" in ops:
         every = [(2048, 3072), (2048, 2048), (2048, 16384), (8192, 2048), (2048, 128256)]
         for inner, outer in every[:1] if quick else every:

@@ -124,8 +124,8 @@ def _rows(group: Group, chosen: tuple[Contender, ...], measured: dict[str, Any])
 
 
 def _machine_limits(*, quick: bool) -> dict[str, float]:
-    """The two limits by themselves, and PyTorch's own way of reading, for orientation."""
-    size, moved = (1024, 64 << 20) if quick else (4096, 256 << 20)
+    """The two limits by themselves; what arithmetic alone allows, and PyTorch's own way of reading."""
+    size, moved, times = (1024, 64 << 20, 1000) if quick else (4096, 256 << 20, 100_000)
     a = torch.empty(size, size, dtype=torch.bfloat16).normal_()
     data = torch.ones(moved // 8, dtype=torch.int64)
 
@@ -134,10 +134,19 @@ def _machine_limits(*, quick: bool) -> dict[str, float]:
         data.sum()
         return time.perf_counter() - start
 
-    rounds = [(machine.matrix_seconds(a, a), machine.read_seconds(data), torch_sum()) for _ in range(5)]
-    product, read, summed = (statistics.median(column) for column in zip(*rounds, strict=True))
+    rounds = [
+        (
+            machine.matrix_seconds(a, a),
+            machine.multiply_rate(times),
+            machine.read_seconds(data),
+            torch_sum(),
+        )
+        for _ in range(5)
+    ]
+    product, peak, read, summed = (statistics.median(column) for column in zip(*rounds, strict=True))
     return {
         "bf16_matrix_product_flops": 2 * size**3 / product,
+        "bf16_multiply_flops": peak,
         "read_bytes_per_second": moved / read,
         "torch_sum_bytes_per_second": moved / summed,
     }

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from winnow.kernels.backend import extension, isas
 
-__all__ = ["describe", "matrix_seconds", "read_seconds", "slug"]
+__all__ = ["describe", "matrix_seconds", "multiply_rate", "read_seconds", "slug"]
 
 
 def _cpu() -> dict[str, str]:
@@ -91,6 +91,15 @@ def matrix_seconds(a: Tensor, b: Tensor) -> float:
     start = time.perf_counter()
     torch.matmul(a, b)
     return time.perf_counter() - start
+
+
+def multiply_rate(times: int) -> float:
+    """Operations per second of bfloat16 products on operands in the first-level cache, on all threads."""
+    native = extension()
+    assert native is not None, "callers checked"
+    start = time.perf_counter()
+    operations: float = native.multiply_peak(times)
+    return operations / (time.perf_counter() - start)
 
 
 def read_seconds(*tensors: Tensor) -> float:

@@ -46,7 +46,8 @@ def table(result: dict[str, Any]) -> Table:
     drawn = Table(
         title=(
             f"{cpu}, {result['machine']['cores']} cores: bf16 matrix product "
-            f"{limits['bf16_matrix_product_flops'] / 1e12:.2f} TFLOP/s, "
+            f"{limits['bf16_matrix_product_flops'] / 1e12:.2f} TFLOP/s "
+            f"(arithmetic alone {limits['bf16_multiply_flops'] / 1e12:.2f}), "
             f"reading {limits['read_bytes_per_second'] / 1e9:.1f} GB/s"
         ),
         caption="of limit: of the matrix product or of reading, measured in turn with each kernel",
@@ -171,7 +172,8 @@ def markdown(result: dict[str, Any]) -> str:
         "",
         f"{machine['cpu']['name']}, {machine['cores']} cores, PyTorch {machine['versions']['torch']}, "
         f"commit {machine['commit']}. Limits by themselves: bf16 matrix product "
-        f"{limits['bf16_matrix_product_flops'] / 1e12:.2f} TFLOP/s, reading "
+        f"{limits['bf16_matrix_product_flops'] / 1e12:.2f} TFLOP/s (products on operands in the first-level "
+        f"cache: {limits['bf16_multiply_flops'] / 1e12:.2f}), reading "
         f"{limits['read_bytes_per_second'] / 1e9:.1f} GB/s (`torch.sum`: "
         f"{limits['torch_sum_bytes_per_second'] / 1e9:.1f}).",
     ]
