@@ -1,5 +1,6 @@
-// Each thread walks a contiguous panel of weight rows, a few rows at a time, and up to eight rows of x
-// share each load of a weight.
+// Each thread walks a contiguous panel of weight rows, and up to eight rows of x share each load of a
+// weight. While x leaves room in the first-level cache the weights are read in one stream, row by row,
+// which is how the processor prefetches best; otherwise several weight rows share each load of x.
 //
 // Vectors are GCC/Clang vector extensions, so one source serves AVX-512, AVX2 and any other machine;
 // only the two instructions that the extensions cannot express (bf16 and int8 dot products) are
@@ -11,6 +12,8 @@
 #include <cstring>
 #include <limits>
 #include <vector>
+
+#include "scratch.h"
 
 #if WINNOW_ISA_avx512 || WINNOW_ISA_avx2
 #include <immintrin.h>
@@ -31,10 +34,22 @@ constexpr int kBytes = 32;
 constexpr int kBytes = 16;
 #endif
 constexpr int kLanes = kBytes / 4;
-constexpr int64_t kAhead = 16384;          // bytes that a prefetch runs ahead of the loads, at least
 constexpr int64_t kSerialBytes = 1 << 16;  // below this, waking a second thread costs more than it gives
 constexpr int kMaxRows = 8;
-constexpr int kSums = kBytes == 64 ? 24 : 12;  // vector registers that hold sums, of 32 and 16
+constexpr int kSums = kBytes == 64 ? 24 : 12;    // vector registers that hold sums, of 32 and 16
+constexpr int kTogether = kBytes == 64 ? 8 : 4;  // weight rows that share a load of x, at most
+constexpr int64_t kAhead = 16384;                // bytes that a prefetch runs ahead of the loads, at least
+constexpr int64_t kAheadAlone = 4096;  // the same for one row of x, whose loads themselves run far ahead
+
+// What may be read in one stream: rows of x above which loading x anew for every weight row takes longest,
+// and bytes of x and a weight row that stay in the first-level cache together. A stream has one chain of
+// additions per row of x; where vectors are narrow, their latency takes longer than the memory.
+constexpr int kStreamRows = kBytes == 64 ? 4 : 0;
+constexpr int64_t kStreamBytes = 24 << 10;
+
+// Where x is larger than this it starts so many bytes behind the start of a cache line. From the second-level
+// cache, loads that reach into the next line are faster (up to a fifth, measured): each announces the next.
+constexpr int64_t kOnLineBytes = 16 << 10, kOffLine = 16;
 
 // Into the second-level cache: the few miss buffers of the first level must stay free for loads, or
 // arithmetic and memory take turns instead of overlapping (a third of the bandwidth, measured).
@@ -53,18 +68,35 @@ inline V load(const T* p) {
   return v;
 }
 
-#if WINNOW_ISA_avx512
-inline float lane_sum(F v) { return _mm512_reduce_add_ps(v); }
-inline int32_t lane_sum(I v) { return _mm512_reduce_add_epi32((__m512i)v); }
-inline uint32_t lane_sum(U v) { return uint32_t(lane_sum((I)v)); }
-#else
 template <class V>
 inline auto lane_sum(V v) {
   auto total = v[0];
   for (int i = 1; i < kLanes; ++i) total += v[i];
   return total;
 }
+
+// Lane i of the result is the sum of the lanes of v[i].
+template <class V>
+inline V lane_sums(const V* v) {
+  V sums;
+#if WINNOW_ISA_avx512
+  // Halves the number of vectors again and again, adding neighbours of two vectors laid end to end.
+  const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+  const __m512i odd = _mm512_add_epi32(even, _mm512_set1_epi32(1));
+  V left[kLanes];
+  std::copy_n(v, kLanes, left);
+  for (int n = kLanes / 2; n > 0; n /= 2) {
+    for (int i = 0; i < n; ++i) {
+      const __m512i a = (__m512i)left[2 * i], b = (__m512i)left[2 * i + 1];
+      left[i] = (V)_mm512_permutex2var_epi32(a, even, b) + (V)_mm512_permutex2var_epi32(a, odd, b);
+    }
+  }
+  sums = left[0];
+#else
+  for (int i = 0; i < kLanes; ++i) sums[i] = lane_sum(v[i]);
 #endif
+  return sums;
+}
 
 inline float to_float(uint16_t b) {
   const uint32_t bits = uint32_t(b) << 16;
@@ -76,8 +108,8 @@ inline float to_float(uint16_t b) {
 inline uint16_t to_bf16(float f) {  // round to nearest even; NaN stays NaN
   uint32_t bits;
   std::memcpy(&bits, &f, 4);
-  if ((bits & 0x7fffffffu) > 0x7f800000u) return uint16_t((bits >> 16) | 0x40);
-  return uint16_t((bits + 0x7fffu + ((bits >> 16) & 1)) >> 16);
+  const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1)) >> 16, quiet = (bits >> 16) | 0x40;
+  return uint16_t((bits & 0x7fffffffu) > 0x7f800000u ? quiet : rounded);
 }
 
 // Row r of x in float32: in place, or widened into scratch that the next call overwrites.
@@ -102,7 +134,8 @@ inline void by_steps(int64_t inner, Put put) {
 // ---- One struct per pair of types: how `step` weights of a row meet the same elements of x.
 // `pack` lays one row of x out step by step, `jump` apart (the steps of all rows are interleaved, so
 // that they do not compete for the same few sets of the cache); the caller zeroed what lies behind the
-// end of the row. Its return value is a factor that `finish` gets back.
+// end of the row. Its return value is a factor that `finish` gets back, which turns the sums of weight rows
+// n..n + count - 1 into outputs.
 
 struct F32Weights {
   using W = float;
@@ -117,7 +150,7 @@ struct F32Weights {
   using Weights = F;
   static Weights weights(const W* w) { return load<F>(w); }
   static void dot(Acc& acc, Weights w, const X* x) { acc += w * load<F>(x); }
-  static float finish(const MatvecArgs&, int64_t, Acc acc, float) { return lane_sum(acc); }
+  static F finish(const MatvecArgs&, int64_t, int, F sums, float) { return sums; }
 };
 
 // bf16 weights widened in registers: a 32-bit lane holds two of them, the even one in its low half.
@@ -145,14 +178,14 @@ struct WidenedBf16Weights {
     acc += w.even * load<F>(x);
     acc += w.odd * load<F>(x + kLanes);
   }
-  static float finish(const MatvecArgs&, int64_t, Acc acc, float) { return lane_sum(acc); }
+  static F finish(const MatvecArgs&, int64_t, int, F sums, float) { return sums; }
 };
 
 #if WINNOW_ISA_avx512
 struct Bf16Weights {
   using W = uint16_t;
   using X = uint16_t;
-  using Acc = __m512;
+  using Acc = F;
   static constexpr int step = 2 * kLanes;
   static float pack(const MatvecArgs& a, int64_t r, X* x, int64_t jump) {
     const uint16_t* from = static_cast<const uint16_t*>(a.x) + r * a.x_stride;
@@ -162,8 +195,8 @@ struct Bf16Weights {
   }
   using Weights = __m512bh;
   static Weights weights(const W* w) { return (__m512bh)_mm512_loadu_si512(w); }
-  static void dot(Acc& acc, Weights w, const X* x) { acc = _mm512_dpbf16_ps(acc, w, weights(x)); }
-  static float finish(const MatvecArgs&, int64_t, Acc acc, float) { return _mm512_reduce_add_ps(acc); }
+  static void dot(Acc& acc, Weights w, const X* x) { acc = (F)_mm512_dpbf16_ps((__m512)acc, w, weights(x)); }
+  static F finish(const MatvecArgs&, int64_t, int, F sums, float) { return sums; }
 };
 #endif
 
@@ -220,99 +253,127 @@ struct Int8Weights {
     acc += load<I>(lanes);
   }
 #endif
-  static float finish(const MatvecArgs& a, int64_t n, Acc acc, float x_scale) {
-    const int32_t total = lane_sum(acc) - offset * a.row_sum[n];
-    return float(total) * (x_scale * a.w_scale[n]);
+  static F finish(const MatvecArgs& a, int64_t n, int count, I sums, float x_scale) {
+    // Those of the next rows: one line in so many weights that no prefetcher of the processor expects it.
+    __builtin_prefetch(a.w_scale + n + count);
+    __builtin_prefetch(a.row_sum + n + count);
+    F values = {};
+    for (int i = 0; i < count; ++i)
+      values[i] = float(sums[i] - offset * a.row_sum[n + i]) * (x_scale * a.w_scale[n + i]);
+    return values;
   }
 };
 
 template <class Op>
 struct Packed {
-  std::vector<typename Op::X> x;  // [steps, rows, step]
+  typename Op::X* x;  // [steps, rows, step]
   float factor[kMaxRows];
+  bool stream;  // how the weights are to be read
 };
 
-inline void store(const MatvecArgs& a, int64_t r, int64_t n, float value) {
-  const int64_t i = r * a.out_stride + n;
+inline void store(const MatvecArgs& a, int64_t r, int64_t n, int count, F values) {
+  const int64_t at = r * a.out_stride + n;
   if (a.x_type == Dtype::f32) {
-    static_cast<float*>(a.out)[i] = value;
+    std::memcpy(static_cast<float*>(a.out) + at, &values, size_t(count) * sizeof(float));
   } else {
-    static_cast<uint16_t*>(a.out)[i] = to_bf16(value);
+    for (int i = 0; i < count; ++i) static_cast<uint16_t*>(a.out)[at + i] = to_bf16(values[i]);
   }
 }
 
-// All R rows of x times N weight rows that start at `n`.
+// All R rows of x times N weight rows that start at `n`; sums[r] gets those of row r, lanes not yet added.
+// One chain of additions per output whatever R and N are: a row of x gives the same bits in any company.
 template <class Op, int R, int N>
-inline void rows(const MatvecArgs& a, const Packed<Op>& packed, int64_t n) {
-  // Chains per output hide the latency of the dot product; with several outputs they do that.
-  constexpr int chains = R * N == 1 ? 4 : R * N <= 3 ? 2 : 1;
-  constexpr int stride = chains * Op::step;
-  const typename Op::X* x = packed.x.data();
+inline void rows(const MatvecArgs& a, const Packed<Op>& packed, int64_t n, int64_t ahead,
+                 typename Op::Acc (*sums)[kLanes], int at) {
+  // Of a short loop, few instructions may be counters, for the processor to see many loads ahead.
+  constexpr int64_t stride = (R * N == 1 ? 4 : 1) * Op::step;
+  const typename Op::X* x = packed.x;
   const typename Op::W* w = static_cast<const typename Op::W*>(a.w) + n * a.w_stride;
-  // Whole groups of N rows ahead, so that each of the N streams finds its own next row prefetched.
-  const int64_t group = N * a.w_stride * int64_t(sizeof *w), ahead = (kAhead + group - 1) / group * group;
-  typename Op::Acc acc[N][R][chains] = {};
-  int64_t k = 0;
-  for (; k + stride <= a.inner; k += stride) {
-    for (int c = 0; c < chains; ++c) {
-      const int64_t at = k + c * Op::step;
+  typename Op::Acc acc[N][R] = {};
+  int64_t first = 0;
+  for (; first + stride <= a.inner; first += stride) {
+    for (int64_t k = first; k < first + stride; k += Op::step) {
       typename Op::Weights weights[N];
       for (int m = 0; m < N; ++m) {
-        prefetch(w + m * a.w_stride + at, ahead);
-        weights[m] = Op::weights(w + m * a.w_stride + at);
+        prefetch(w + m * a.w_stride + k, ahead);
+        weights[m] = Op::weights(w + m * a.w_stride + k);
       }
       for (int r = 0; r < R; ++r)
-        for (int m = 0; m < N; ++m) Op::dot(acc[m][r][c], weights[m], x + at * R + r * Op::step);
+        for (int m = 0; m < N; ++m) Op::dot(acc[m][r], weights[m], x + k * R + r * Op::step);
     }
   }
-  for (; k < a.inner; k += Op::step) {
+  for (int64_t k = first; k < a.inner; k += Op::step) {
     for (int m = 0; m < N; ++m) {
       typename Op::W last[Op::step] = {};  // zero behind the end of the row
       std::memcpy(last, w + m * a.w_stride + k, size_t(std::min<int64_t>(Op::step, a.inner - k)) * sizeof *w);
       const auto weights = Op::weights(last);
-      for (int r = 0; r < R; ++r) Op::dot(acc[m][r][0], weights, x + k * R + r * Op::step);
+      for (int r = 0; r < R; ++r) Op::dot(acc[m][r], weights, x + k * R + r * Op::step);
     }
   }
-  for (int m = 0; m < N; ++m) {
-    for (int r = 0; r < R; ++r) {
-      for (int c = 1; c < chains; ++c) acc[m][r][0] += acc[m][r][c];
-      store(a, r, n + m, Op::finish(a, n + m, acc[m][r][0], packed.factor[r]));
-    }
+  for (int m = 0; m < N; ++m)
+    for (int r = 0; r < R; ++r) sums[r][at + m] = acc[m][r];
+}
+
+// Weight rows begin..end - 1, N at a time. Many are read before their sums are added up, scaled and stored:
+// after every row, that would hold up the loads of the next.
+template <class Op, int R, int N>
+void panel(const MatvecArgs& a, const Packed<Op>& packed, int64_t begin, int64_t end, int64_t ahead) {
+  constexpr int64_t group = kLanes / N * N;
+  typename Op::Acc sums[R][kLanes] = {};
+  for (int64_t n = begin; n < end; n += group) {
+    const int count = int(std::min(group, end - n));
+    int at = 0;
+    for (; at + N <= count; at += N) rows<Op, R, N>(a, packed, n + at, ahead, sums, at);
+    for (; at < count; ++at) rows<Op, R, 1>(a, packed, n + at, ahead, sums, at);
+    for (int r = 0; r < R; ++r)
+      store(a, r, n, count, Op::finish(a, n, count, lane_sums(sums[r]), packed.factor[r]));
   }
 }
 
-// Weight rows begin..end - 1, several at a time, so that a load of x serves them all, as many as the
-// registers hold sums for.
 template <class Op, int R>
-void panel(const MatvecArgs& a, const Packed<Op>& packed, int64_t begin, int64_t end) {
-  constexpr int together = std::min(4, std::max(1, kSums / R));
-  int64_t n = begin;
-  for (; n + together <= end; n += together) rows<Op, R, together>(a, packed, n);
-  for (; n < end; ++n) rows<Op, R, 1>(a, packed, n);
+void panel_of(const MatvecArgs& a, const Packed<Op>& packed, int64_t begin, int64_t end) {
+  if constexpr (R <= kStreamRows) {
+    if (packed.stream) return panel<Op, R, 1>(a, packed, begin, end, R == 1 ? kAheadAlone : kAhead);
+  }
+  // A load of x serves as many weight rows as the registers hold sums for. Prefetches run whole groups of
+  // them ahead, so that each of the N streams finds its own next row.
+  constexpr int N = std::min(kTogether, std::max(1, kSums / R));
+  panel<Op, R, N>(a, packed, begin, end, round_up(kAhead, N * a.w_stride * int64_t(sizeof(typename Op::W))));
 }
 
 template <class Op>
 void panel_of(const MatvecArgs& a, const Packed<Op>& packed, int64_t begin, int64_t end) {
   switch (a.rows) {
-    case 1: return panel<Op, 1>(a, packed, begin, end);
-    case 2: return panel<Op, 2>(a, packed, begin, end);
-    case 3: return panel<Op, 3>(a, packed, begin, end);
-    case 4: return panel<Op, 4>(a, packed, begin, end);
-    case 5: return panel<Op, 5>(a, packed, begin, end);
-    case 6: return panel<Op, 6>(a, packed, begin, end);
-    case 7: return panel<Op, 7>(a, packed, begin, end);
-    default: return panel<Op, 8>(a, packed, begin, end);
+    case 1: return panel_of<Op, 1>(a, packed, begin, end);
+    case 2: return panel_of<Op, 2>(a, packed, begin, end);
+    case 3: return panel_of<Op, 3>(a, packed, begin, end);
+    case 4: return panel_of<Op, 4>(a, packed, begin, end);
+    case 5: return panel_of<Op, 5>(a, packed, begin, end);
+    case 6: return panel_of<Op, 6>(a, packed, begin, end);
+    case 7: return panel_of<Op, 7>(a, packed, begin, end);
+    default: return panel_of<Op, 8>(a, packed, begin, end);
   }
+}
+
+// x as the kernel wants it, until the thread's next call. Every thread packs for itself, which takes no
+// longer than waiting for one that does, and leaves the result in its own cache.
+template <class Op>
+Packed<Op> pack(const MatvecArgs& a) {
+  using X = typename Op::X;
+  static thread_local Scratch scratch;
+  const int64_t steps = (a.inner + Op::step - 1) / Op::step, jump = a.rows * Op::step;
+  const int64_t bytes = steps * jump * int64_t(sizeof(X));
+  const int64_t weight_row = a.w_stride * int64_t(sizeof(typename Op::W));
+  Packed<Op> packed;
+  packed.stream = a.rows <= kStreamRows && bytes + weight_row <= kStreamBytes;
+  packed.x = reinterpret_cast<X*>(scratch.take(bytes + kOffLine) + (bytes > kOnLineBytes ? kOffLine : 0));
+  if (a.inner % Op::step != 0) std::fill_n(packed.x + (steps - 1) * jump, jump, X(0));
+  for (int64_t r = 0; r < a.rows; ++r) packed.factor[r] = Op::pack(a, r, packed.x + r * Op::step, jump);
+  return packed;
 }
 
 template <class Op>
 void run(const MatvecArgs& a) {
-  static thread_local Packed<Op> packed;
-  const int64_t steps = (a.inner + Op::step - 1) / Op::step;
-  packed.x.assign(size_t(steps * a.rows * Op::step), 0);
-  for (int64_t r = 0; r < a.rows; ++r)
-    packed.factor[r] = Op::pack(a, r, packed.x.data() + r * Op::step, a.rows * Op::step);
-  const Packed<Op>& shared = packed;
   const bool serial = a.outer * a.inner * int64_t(sizeof(typename Op::W)) < kSerialBytes;
 #pragma omp parallel if (!serial)
   {
@@ -321,7 +382,10 @@ void run(const MatvecArgs& a) {
 #else
     const int64_t threads = 1, me = 0;
 #endif
-    panel_of<Op>(a, shared, a.outer * me / threads, a.outer * (me + 1) / threads);
+    // Whole vectors of outputs, so that no two threads write the same line of the cache.
+    const int64_t vectors = (a.outer + kLanes - 1) / kLanes;
+    const int64_t begin = vectors * me / threads * kLanes, end = vectors * (me + 1) / threads * kLanes;
+    if (begin < a.outer) panel_of<Op>(a, pack<Op>(a), begin, std::min(end, a.outer));
   }
 }
 

@@ -73,6 +73,28 @@ def test_large_enough_for_several_threads(isa: str) -> None:
     check(unit(2, 512, seed=3, dtype=torch.bfloat16), unit(1031, 512, seed=4, dtype=torch.bfloat16))
 
 
+@pytest.mark.parametrize("rows", [1, 2, 4, 5, 8])
+@pytest.mark.parametrize("w_dtype", [*DTYPES, torch.int8])
+def test_rows_too_long_for_the_first_level_cache(isa: str, w_dtype: torch.dtype, rows: int) -> None:
+    """They are read in another order than short ones."""
+    x = unit(rows, 8213, seed=rows, dtype=torch.bfloat16)
+    w = unit(45, 8213, seed=7, dtype=torch.float32)
+    check(x, quantize_weight(w) if w_dtype == torch.int8 else w.to(w_dtype))
+
+
+@pytest.mark.parametrize("inner", [300, 8213])
+@pytest.mark.parametrize("w_dtype", [*DTYPES, torch.int8])
+@pytest.mark.parametrize("x_dtype", DTYPES)
+def test_a_row_gives_the_same_bits_in_any_company(
+    isa: str, x_dtype: torch.dtype, w_dtype: torch.dtype, inner: int
+) -> None:
+    x, wide = unit(8, inner, seed=1, dtype=x_dtype), unit(37, inner, seed=2, dtype=torch.float32)
+    w = quantize_weight(wide) if w_dtype == torch.int8 else wide.to(w_dtype)
+    together = matvec(x, w, backend="native")
+    for rows in range(1, 8):
+        assert torch.equal(matvec(x[:rows], w, backend="native"), together[:rows])
+
+
 def test_every_instruction_set_gives_the_same_int8_result() -> None:
     x, w = (
         unit(3, 333, seed=5, dtype=torch.float32),
