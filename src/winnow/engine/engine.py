@@ -205,7 +205,7 @@ class Engine:
 
     def check_generates(self) -> None:
         """Refuse a model that came without a head of its own, so that it embeds and does not generate."""
-        if not getattr(self.model, "generates", True):
+        if not self.model.generates:
             raise ValueError(f"{self.model.name} embeds texts and generates none; use llm.embed")
 
     def cancel(self, result: Result) -> None:

@@ -170,7 +170,7 @@ class Translator:
         return Asked(prompts=prompts, divisions=[None], params=params, steer=chain(bends), recipe=recipe)
 
     def _check_generates(self) -> None:
-        if not getattr(self._model, "generates", True):
+        if not self._model.generates:
             raise ApiError(
                 400,
                 "this model embeds texts and generates none; use /v1/embeddings",

@@ -70,6 +70,8 @@ class LanguageModel(Protocol):
         Hexadecimal digest of configuration and weights; equal only for equal models.
     eos_token_ids : tuple of int
         Tokens that end a generation.
+    generates : bool
+        Whether it has a head; one that came without embeds texts.
     specs : tuple of AttentionSpec
         What each layer's ``attend`` is called with.
     slots : tuple of int
@@ -88,6 +90,7 @@ class LanguageModel(Protocol):
     device: torch.device
     fingerprint: str
     eos_token_ids: tuple[int, ...]
+    generates: bool
     specs: tuple[AttentionSpec, ...]
     slots: tuple[int, ...]
 

@@ -57,6 +57,7 @@ class SwiftKVModel:
         self.dtype = base.dtype
         self.device = base.device
         self.eos_token_ids = base.eos_token_ids
+        self.generates = base.generates
         self.specs = base.specs
         self.fingerprint = f"{base.fingerprint}-swiftkv-{adapter.digest()}"
         self.first = adapter.layers
