@@ -39,13 +39,14 @@ constexpr int kMaxRows = 8;
 constexpr int kSums = kBytes == 64 ? 24 : 12;    // vector registers that hold sums, of 32 and 16
 constexpr int kTogether = kBytes == 64 ? 8 : 4;  // weight rows that share a load of x, at most
 constexpr int64_t kAhead = 16384;                // bytes that a prefetch runs ahead of the loads, at least
-constexpr int64_t kAheadAlone = 4096;  // the same for one row of x, whose loads themselves run far ahead
 
 // What may be read in one stream: rows of x above which loading x anew for every weight row takes longest,
 // and bytes of x and a weight row that stay in the first-level cache together. A stream has one chain of
 // additions per row of x; where vectors are narrow, their latency takes longer than the memory.
+// The processor prefetches a stream by itself and its loads run ahead, the further the fewer rows of x there
+// are: ours need not go far, and do harm where they do.
 constexpr int kStreamRows = kBytes == 64 ? 4 : 0;
-constexpr int64_t kStreamBytes = 24 << 10;
+constexpr int64_t kStreamBytes = 24 << 10, kStreamAhead = 8192, kStreamAheadAlone = 4096;
 
 // Where x is larger than this it starts so many bytes behind the start of a cache line. From the second-level
 // cache, loads that reach into the next line are faster (up to a fifth, measured): each announces the next.
@@ -286,7 +287,7 @@ template <class Op, int R, int N>
 inline void rows(const MatvecArgs& a, const Packed<Op>& packed, int64_t n, int64_t ahead,
                  typename Op::Acc (*sums)[kLanes], int at) {
   // Of a short loop, few instructions may be counters, for the processor to see many loads ahead.
-  constexpr int64_t stride = (R * N == 1 ? 4 : 1) * Op::step;
+  constexpr int64_t stride = (N == 1 ? 4 : 1) * Op::step;
   const typename Op::X* x = packed.x;
   const typename Op::W* w = static_cast<const typename Op::W*>(a.w) + n * a.w_stride;
   typename Op::Acc acc[N][R] = {};
@@ -333,7 +334,8 @@ void panel(const MatvecArgs& a, const Packed<Op>& packed, int64_t begin, int64_t
 template <class Op, int R>
 void panel_of(const MatvecArgs& a, const Packed<Op>& packed, int64_t begin, int64_t end) {
   if constexpr (R <= kStreamRows) {
-    if (packed.stream) return panel<Op, R, 1>(a, packed, begin, end, R == 1 ? kAheadAlone : kAhead);
+    constexpr int64_t ahead = R == 1 ? kStreamAheadAlone : kStreamAhead;
+    if (packed.stream) return panel<Op, R, 1>(a, packed, begin, end, ahead);
   }
   // A load of x serves as many weight rows as the registers hold sums for. Prefetches run whole groups of
   // them ahead, so that each of the N streams finds its own next row.
