@@ -1,9 +1,9 @@
 // Products of many rows with a large matrix.
 //
 // The weights of kItem outputs are packed so that a full vector holds one word of several outputs, and x in strips
-// of kTileRows rows of which one word is broadcast. A thread packs a slab of weights that stays in its second-level
-// cache, and lets every strip of x pass over it. Both streams are fetched ahead by hand: the processor's own
-// prefetching stops at every page of 4 KiB.
+// of kTileRows rows, [kRun words][rows][kRun], of which one word is broadcast. A thread packs a slab of weights that
+// stays in its second-level cache, and lets every strip of x pass over it. Both streams are fetched ahead by hand: the
+// processor's own prefetching stops at every page of 4 KiB.
 #include "matmul.h"
 
 #include <omp.h>
@@ -20,11 +20,14 @@ namespace {
 
 constexpr int kColumns = kTileVectors * kLanes;  // outputs of a micro-tile
 constexpr int kItem = 64;                        // outputs of a slab of weights
-constexpr int64_t kWords = 1024;                 // words of each of them in a slab, at most
+constexpr int kRun = 16;                         // words of a row that lie together in a strip
+constexpr int64_t kWords = 1024;                 // words of each output in a slab, at most
 constexpr int64_t kStripsBytes = 16 << 20;       // packed rows of x, at most
 constexpr int kAheadWeights = 1024, kAheadRows = 3072;  // bytes
+constexpr int64_t kLeastStrips = 24;  // that are worth packing a slab
 constexpr double kSerialProducts = 1 << 18;  // below this, waking another thread does not pay
 static_assert(kItem % kColumns == 0 && kColumns % kPanel == 0, "micro-tiles fill a slab, panels a micro-tile");
+static_assert(kWords % kRun == 0, "runs fill a slab");
 
 thread_local Scratch scratch;
 
@@ -37,24 +40,29 @@ WINNOW_NOINLINE void multiply_strip(const uint32_t* x, const uint32_t* w, int64_
   for (int r = 0; r < kTileRows; ++r)
 #pragma GCC unroll 8
     for (int j = 0; j < kTileVectors; ++j) acc[r][j] = add ? load(sums + r * kItem + j * kLanes) : Vec{};
-  // There is always a word, and saying so to the compiler keeps the sums in registers.
+  // There is always a run, and saying so to the compiler keeps the sums in registers.
   const uint32_t* const end = x + words * kTileRows;
   do {
-    __builtin_prefetch(reinterpret_cast<const char*>(x) + kAheadRows);
-    Vec b[kTileVectors];
 #pragma GCC unroll 8
-    for (int j = 0; j < kTileVectors; ++j) {
-      b[j] = load(w + j * kLanes);
-      if (j * kLanes % 16 == 0) __builtin_prefetch(reinterpret_cast<const char*>(w + j * kLanes) + kAheadWeights);
-    }
+    for (int r = 0; r < kTileRows; ++r)
+      __builtin_prefetch(reinterpret_cast<const char*>(x + r * kRun) + kAheadRows);
+    const uint32_t* const run_end = x + kRun;
+    do {
+      Vec b[kTileVectors];
 #pragma GCC unroll 8
-    for (int r = 0; r < kTileRows; ++r) {
-      const Vec a = splat_word(x + r);
+      for (int j = 0; j < kTileVectors; ++j) {
+        b[j] = load(w + j * kLanes);
+        if (j * kLanes % 16 == 0) __builtin_prefetch(reinterpret_cast<const char*>(w + j * kLanes) + kAheadWeights);
+      }
 #pragma GCC unroll 8
-      for (int j = 0; j < kTileVectors; ++j) acc[r][j] = Way::dot(acc[r][j], a, b[j]);
-    }
-    x += kTileRows;
-    w += kColumns;
+      for (int r = 0; r < kTileRows; ++r) {
+        const Vec a = splat_word(x + r * kRun);
+#pragma GCC unroll 8
+        for (int j = 0; j < kTileVectors; ++j) acc[r][j] = Way::dot(acc[r][j], a, b[j]);
+      }
+      w += kColumns;
+    } while (++x != run_end);
+    x += (kTileRows - 1) * kRun;
   } while (x != end);
 #pragma GCC unroll 8
   for (int r = 0; r < kTileRows; ++r)
@@ -63,9 +71,10 @@ WINNOW_NOINLINE void multiply_strip(const uint32_t* x, const uint32_t* w, int64_
 }
 
 // silu(gate) * up.
+template <int kDegree>
 static inline Vec gated(Vec gate, Vec up) {
   const Vec power = gate * splat(-kLog2E), most = splat(126.f);  // 2^126 makes it 0 as well as more would
-  return gate / (exp2v<5>(power > most ? most : power) + splat(1.f)) * up;
+  return gate / (exp2v<kDegree>(power > most ? most : power) + splat(1.f)) * up;
 }
 
 template <class Way, bool kGated>
@@ -76,7 +85,7 @@ class Matmul {
  public:
   explicit Matmul(const MatmulArgs& args)
       : a_(args),
-        words_((args.inner + Way::kPerWord - 1) / Way::kPerWord),
+        words_(round_up((args.inner + Way::kPerWord - 1) / Way::kPerWord, kRun)),
         outputs_(kGated ? args.outer / 2 : args.outer) {}
 
   void run() {
@@ -91,11 +100,13 @@ class Matmul {
   // Rows whose strips are held at a time.
   void run_rows(int64_t first, int64_t rows, int threads) {
     const int64_t strips = (rows + kTileRows - 1) / kTileRows, items = (outputs_ + kOutputs - 1) / kOutputs;
-    // Where there are fewer slabs than keep the threads busy, several threads share the strips of one.
-    const int64_t parts = std::clamp<int64_t>(threads > 1 ? 4 * threads / items : 1, 1, strips);
+    // The strips of the last slabs are shared out, so that no thread waits long for another at the end, or does nothing
+    // where there are few slabs; but not so finely that packing a slab for each part counts.
+    const int64_t parts = std::max<int64_t>(std::min(std::max<int64_t>(4, 4 * threads / items), strips / kLeastStrips), 1);
+    const int64_t whole = threads == 1 ? items : std::max<int64_t>(items - 2 * threads, 0);
     // One piece, because large pages pay and every thread's slab alone would not fill one.
     const int64_t slab_words = std::min(kWords, words_) * kItem;
-    const int64_t sums = (words_ <= kWords ? 1 : (strips + parts - 1) / parts) * kTileRows * kItem;
+    const int64_t sums = (words_ <= kWords ? 1 : strips) * kTileRows * kItem;
     uint32_t* const slabs = reinterpret_cast<uint32_t*>(
         scratch.take((threads * (slab_words + sums) + strips * kTileRows * words_) * 4));
     uint32_t* const packed = slabs + threads * (slab_words + sums);
@@ -104,10 +115,11 @@ class Matmul {
 #pragma omp for schedule(static)
       for (int64_t s = 0; s < strips; ++s) pack_strip(first, rows, s, strips, packed);
 #pragma omp for schedule(dynamic, 1)
-      for (int64_t i = 0; i < items * parts; ++i) {
-        const int64_t part = i % parts;
+      for (int64_t i = 0; i < whole + (items - whole) * parts; ++i) {
+        const int64_t item = i < whole ? i : whole + (i - whole) / parts, shares = i < whole ? 1 : parts;
+        const int64_t share = i < whole ? 0 : (i - whole) % parts;
         uint32_t* const slab = slabs + omp_get_thread_num() * (slab_words + sums);
-        multiply_slab(first, rows, i / parts * kOutputs, strips * part / parts, strips * (part + 1) / parts, strips, packed,
+        multiply_slab(first, rows, item * kOutputs, strips * share / shares, strips * (share + 1) / shares, strips, packed,
                       slab, reinterpret_cast<float*>(slab + slab_words));
       }
     }
@@ -119,23 +131,24 @@ class Matmul {
   }
 
   void pack_strip(int64_t first, int64_t rows, int64_t s, int64_t strips, uint32_t* packed) const {
+    constexpr int kElements = kRun * Way::kPerWord;
     for (int r = 0; r < kTileRows; ++r) {
-      const int64_t row = s * kTileRows + r;
+      const int64_t row = s * kTileRows + r, length = row < rows ? a_.inner : 0;
       const Input* const from = static_cast<const Input*>(a_.x) + (first + row) * a_.x_stride;
       for (int64_t at = 0; at < words_; at += kWords) {
         const int64_t count = std::min(kWords, words_ - at);
-        uint32_t* const to = const_cast<uint32_t*>(strip(packed, strips, s, at, count)) + r;
-        for (int64_t k = 0; k < count; ++k) to[k * kTileRows] = row < rows ? word(from, at + k) : 0;
+        uint32_t* to = const_cast<uint32_t*>(strip(packed, strips, s, at, count)) + r * kRun;
+        for (int64_t k = at * Way::kPerWord; k < (at + count) * Way::kPerWord; k += kElements, to += kTileRows * kRun) {
+          if (k + kElements <= length) {
+            Way::copy(to, from + k, kElements);
+          } else {
+            Input last[kElements] = {};
+            if (k < length) std::copy(from + k, from + length, last);
+            Way::copy(to, last, kElements);
+          }
+        }
       }
     }
-  }
-
-  // Word k of a row, zero behind its end.
-  uint32_t word(const Input* row, int64_t k) const {
-    if ((k + 1) * Way::kPerWord <= a_.inner) return Way::word(row + k * Way::kPerWord);
-    Input last[Way::kPerWord] = {};
-    std::copy(row + k * Way::kPerWord, row + a_.inner, last);
-    return Way::word(last);
   }
 
   // Which row of the weights is number n of the slab of outputs from `column` on. Behind the last output its row
@@ -157,27 +170,36 @@ class Matmul {
       pack_slab(column, at, count, slab);
       for (int64_t s = from; s < to; ++s) {
         float* const tile = sums + (whole ? 0 : s - from) * kTileRows * kItem;
+        const int64_t count_rows = std::min<int64_t>(kTileRows, rows - s * kTileRows);
+        Input* const out = static_cast<Input*>(a_.out) + (first + s * kTileRows) * a_.out_stride + column;
+        if (at + count == words_)  // it is written after the products: no waiting then
+          for (int64_t r = 0; r < count_rows; ++r)
+            for (int64_t n = 0; n < columns; n += 64 / static_cast<int64_t>(sizeof(Input)))
+              __builtin_prefetch(out + r * a_.out_stride + n, 1);
         for (int c = 0; c < kItem; c += kColumns)
           multiply_strip<Way>(strip(packed, strips, s, at, count), slab + c * count, count, tile + c, at > 0);
-        if (at + count == words_) {
-          Input* const out = static_cast<Input*>(a_.out) + (first + s * kTileRows) * a_.out_stride + column;
-          write(tile, bias, std::min<int64_t>(kTileRows, rows - s * kTileRows), columns, out);
-        }
+        if (at + count == words_) write(tile, bias, count_rows, columns, out);
       }
     }
   }
 
   // [kItem / kColumns][words][kColumns]
   void pack_slab(int64_t column, int64_t at, int64_t count, uint32_t* slab) const {
-    const int64_t first = at * Way::kPerWord, full = std::min(count, a_.inner / Way::kPerWord - at);
+    const int64_t first = at * Way::kPerWord;
+    const int64_t whole = std::min(count, std::max<int64_t>(a_.inner / Way::kPerWord - at, 0));
     const Input* const w = static_cast<const Input*>(a_.w);
     for (int64_t n = 0; n < kItem; n += kPanel) {
       const Input* rows[kPanel];
       for (int e = 0; e < kPanel; ++e) rows[e] = w + weight(column, n + e) * a_.w_stride + first;
       uint32_t* const to = slab + n / kColumns * kColumns * count + n % kColumns;
-      pack_keys<Way>(rows, static_cast<int>(full * Way::kPerWord), to, kColumns);
-      if (full < count)
-        for (int e = 0; e < kPanel; ++e) to[full * kColumns + e] = word(rows[e] - first, at + full);
+      pack_keys<Way>(rows, static_cast<int>(whole * Way::kPerWord), to, kColumns);
+      for (int64_t k = whole; k < count; ++k)
+        for (int e = 0; e < kPanel; ++e) {
+          Input last[Way::kPerWord] = {};
+          const int64_t left = a_.inner - first - k * Way::kPerWord;
+          if (left > 0) std::copy_n(rows[e] + k * Way::kPerWord, left, last);
+          to[k * kColumns + e] = Way::word(last);
+        }
     }
   }
 
@@ -185,7 +207,7 @@ class Matmul {
     for (int64_t r = 0; r < rows; ++r, sums += kItem, out += a_.out_stride)
       for (int64_t n = 0; n < columns; n += kLanes) {
         Vec v = load(sums + n) + load(bias + n);
-        if constexpr (kGated) v = gated(v, load(sums + kOutputs + n) + load(bias + kOutputs + n));
+        if constexpr (kGated) v = gated<Way::kExpDegree>(v, load(sums + kOutputs + n) + load(bias + kOutputs + n));
         if (n + kLanes <= columns) {
           store_as(out + n, v);
         } else {
@@ -195,7 +217,7 @@ class Matmul {
   }
 
   const MatmulArgs& a_;
-  const int64_t words_;    // of a row, the last one filled up with zeros
+  const int64_t words_;    // of a row, zeros behind its end: whole runs
   const int64_t outputs_;  // columns of the result
 };
 

@@ -6,6 +6,7 @@
 #pragma once
 #include <omp.h>
 
+#include <algorithm>
 #include <cmath>
 #include <limits>
 
@@ -23,6 +24,8 @@ constexpr float kNoMax = -std::numeric_limits<float>::infinity();
 // Weights are exponentials against a reference that may lag behind the row's maximum by this many powers
 // of two; only then are the row's sums rescaled. The result is exact either way.
 constexpr float kLag = 8.f;
+constexpr float kGrown = 1024.f;  // lane sum of a micro-tile that says that some weight is beyond 2^kLag
+static_assert(kGrown >= 256.f * kTilePanels, "then the largest logit moves the reference");
 
 // Threads for so many multiplications: below some, waking another does not pay.
 static inline int threads_for(double products) { return products < 2e6 ? 1 : omp_get_max_threads(); }
@@ -256,20 +259,55 @@ WINNOW_NOINLINE void weigh_row(const float* s, uint32_t* p, int panels, float sc
   store(l, total);
 }
 
-template <class Way, int R>
-WINNOW_NOINLINE void attend_rows(const Group& group, const Tile& tile, int words, int D, const TileMaths& maths,
-                        const TileBuffers& buffers) {
-  // Panels outside of what any row sees are left out; the mask is applied only where some row sees less.
-  const int32_t end = tile.slot + tile.panels * kPanel;
-  if (group.span.any0 >= end || group.span.any1 <= tile.slot) return;
-  const int first = group.span.any0 > tile.slot ? (group.span.any0 - tile.slot) / kPanel : 0;
-  const int last =
-      group.span.any1 < end ? (group.span.any1 - tile.slot + kPanel - 1) / kPanel : tile.panels;
-  const int panels = last - first;
-  const int32_t x0 = tile.slot + first * kPanel, x1 = tile.slot + last * kPanel;
-  const bool whole = (x0 >= group.span.all_b0 && x1 <= group.span.all_b1) ||
-                     (x0 >= group.span.all_a0 && x1 <= group.span.all_a1);
+// Weights of R rows and N panels straight from the sums of products, against references that were seen before; they
+// are added to `l`. False where some weight grew so large that its reference must follow.
+template <class Way, int R, int N>
+WINNOW_NOINLINE bool weigh_micro(const uint32_t* q, const uint32_t* const* k, int words, float scale, const float* m,
+                                 uint32_t* p, float* l) {
+  constexpr int NV = N * kPanelVectors, kPanelWeights = kPanel / Way::kPerWord;
+  Vec acc[R][NV];
+  multiply<Way, R, N>(q, k, words, acc);
+  Vec most{};
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r) {
+    const Vec reference = splat(m[r]);
+    Vec total{};
+#pragma GCC unroll 8
+    for (int j = 0; j < NV; ++j) {
+      acc[r][j] = exp2v<Way::kExpDegree>(acc[r][j] * splat(scale) - reference);
+      total = total + acc[r][j];
+    }
+#pragma GCC unroll 8
+    for (int n = 0; n + 2 <= N; n += 2)
+      Way::template store_panels<2>(p + r * kRow + n * kPanelWeights, &acc[r][n * kPanelVectors]);
+    if constexpr (N % 2 == 1)
+      Way::template store_panels<1>(p + r * kRow + (N - 1) * kPanelWeights, &acc[r][(N - 1) * kPanelVectors]);
+    store(l + r * kLanes, load(l + r * kLanes) + total);
+    most = larger(total, most);
+  }
+  return !any_greater(most, splat(kGrown));
+}
 
+template <class Way, int R>
+static inline bool weigh_rows(const uint32_t* q, const uint32_t* const* k, int panels, int words, float scale,
+                              const float* m, uint32_t* p, float* l) {
+  constexpr int kPanelWeights = kPanel / Way::kPerWord;
+  int n = 0;
+  for (; n + kTilePanels <= panels; n += kTilePanels)
+    if (!weigh_micro<Way, R, kTilePanels>(q, k + n, words, scale, m, p + n * kPanelWeights, l)) return false;
+  p += n * kPanelWeights;
+  if constexpr (kTilePanels > 1) {
+    if (panels - n == 1) return weigh_micro<Way, R, 1>(q, k + n, words, scale, m, p, l);
+    if (panels - n == 2) return weigh_micro<Way, R, 2>(q, k + n, words, scale, m, p, l);
+    if (panels - n == 3) return weigh_micro<Way, R, 3>(q, k + n, words, scale, m, p, l);
+  }
+  return true;
+}
+
+// Logits are laid out and looked at before they are weighed.
+template <class Way, int R>
+WINNOW_NOINLINE void attend_panels(const Group& group, const Tile& tile, int first, int panels, bool whole, int words,
+                                   int D, const TileMaths& maths, const TileBuffers& buffers) {
   for (int r = 0; r < R; ++r) store(buffers.highest + r * kLanes, splat(kNoMax));
   qk_rows<Way, R>(group.q, tile.k + first, panels, words, buffers.s, buffers.highest);
   if (!whole || maths.transforms)
@@ -282,6 +320,42 @@ WINNOW_NOINLINE void attend_rows(const Group& group, const Tile& tile, int words
                    buffers.highest + r * kLanes, D, group.o + r * D, group.m + r, group.l + r * kLanes,
                    group.top == nullptr ? nullptr : group.top + r * kLanes);
   pv_rows<Way, R>(buffers.p, tile.v + first, panels, D, group.o);
+}
+
+// The same without looking: where nothing but the scale changes logits, and no weight outgrows its reference.
+template <class Way, int R>
+static inline bool attend_unseen(const Group& group, const Tile& tile, int first, int panels, int words, int D,
+                                 const TileMaths& maths, const TileBuffers& buffers) {
+  alignas(64) float sums[R * kLanes] = {};
+  if (!weigh_rows<Way, R>(group.q, tile.k + first, panels, words, maths.scale, group.m, buffers.p, sums)) return false;
+  for (int r = 0; r < R; ++r)
+    store(group.l + r * kLanes, load(group.l + r * kLanes) + load(sums + r * kLanes));
+  pv_rows<Way, R>(buffers.p, tile.v + first, panels, D, group.o);
+  return true;
+}
+
+template <class Way, int R>
+WINNOW_NOINLINE void attend_rows(const Group& group, const Tile& tile, int words, int D, const TileMaths& maths,
+                                 const TileBuffers& buffers) {
+  // Panels outside of what any row sees are left out; the mask is applied only where some row sees less.
+  const int32_t end = tile.slot + tile.panels * kPanel;
+  if (group.span.any0 >= end || group.span.any1 <= tile.slot) return;
+  int first = group.span.any0 > tile.slot ? (group.span.any0 - tile.slot) / kPanel : 0;
+  const int last =
+      group.span.any1 < end ? (group.span.any1 - tile.slot + kPanel - 1) / kPanel : tile.panels;
+  const int32_t x0 = tile.slot + first * kPanel, x1 = tile.slot + last * kPanel;
+  const bool whole = (x0 >= group.span.all_b0 && x1 <= group.span.all_b1) ||
+                     (x0 >= group.span.all_a0 && x1 <= group.span.all_a1);
+
+  if (whole && !maths.transforms && group.top == nullptr) {
+    if (std::find(group.m, group.m + R, kNoMax) != group.m + R) {  // a few panels tell what to expect of the others
+      const int few = std::min(last - first, kTilePanels);
+      attend_panels<Way, R>(group, tile, first, few, true, words, D, maths, buffers);
+      first += few;
+    }
+    if (first == last || attend_unseen<Way, R>(group, tile, first, last - first, words, D, maths, buffers)) return;
+  }
+  attend_panels<Way, R>(group, tile, first, last - first, whole, words, D, maths, buffers);
 }
 
 template <class Way>

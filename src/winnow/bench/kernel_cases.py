@@ -6,10 +6,10 @@ its limit: the bfloat16 matrix product, or reading the group's own operands once
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -92,6 +92,12 @@ def _settled(tensor: Tensor) -> Tensor:
     """In huge pages, as the engine holds entries and weights: for every contender that reads it."""
     collapse(tensor.data_ptr(), tensor.nbytes)
     return tensor
+
+
+def _each(call: Callable[[Any], object], operands: Iterable[Any]) -> None:
+    """Call it with each; what it returns is dropped at once, as the engine drops it after use."""
+    for one in operands:
+        call(one)
 
 
 def _stored(heads: int, entries: int, dim: int) -> Tensor:
@@ -255,7 +261,7 @@ def _decode(entries: int) -> Group:
     score_bytes = scores_HS.numel() * 4
     # Together beyond any cache, in turn, as other heads' and layers' scores evict each other's.
     copies = max(1, (64 << 20) // score_bytes)
-    scores = [scores_HS, *(scores_HS.roll(97 * i, 1) for i in range(1, copies))]
+    scores = _settled(torch.stack([scores_HS.roll(97 * i, 1) for i in range(copies)]))
 
     def scan_bytes(bits: Bits) -> int:
         return kv_heads * entries * codes[bits].bytes_per_entry + score_bytes
@@ -296,7 +302,7 @@ def _decode(entries: int) -> Group:
             Contender(
                 name="5 % by list",
                 op="decode",
-                run=lambda: [attend(s) for s in lists],
+                run=lambda: _each(attend, lists),
                 calls=turns,
                 work=listed_bytes,
                 baselines=decoding,
@@ -305,7 +311,7 @@ def _decode(entries: int) -> Group:
             Contender(
                 name="5 % in pages of 64",
                 op="decode",
-                run=lambda: [attend(s) for s in pages],
+                run=lambda: _each(attend, pages),
                 calls=turns,
                 work=paged_bytes,
                 baselines=decoding,
@@ -333,7 +339,7 @@ def _decode(entries: int) -> Group:
             Contender(
                 name="top-k",
                 op="top_k",
-                run=lambda: [top_k(s, lengths, keep, backend="native") for s in scores],
+                run=lambda: _each(lambda s: top_k(s, lengths, keep, backend="native"), scores),
                 calls=copies,
                 work=score_bytes + kv_heads * keep * 4,
                 baselines=("torch.topk",),
@@ -345,7 +351,7 @@ def _decode(entries: int) -> Group:
             Contender(
                 name="torch.topk",
                 op="top_k",
-                run=lambda: [torch.topk(s, keep, sorted=False) for s in scores],
+                run=lambda: _each(lambda s: torch.topk(s, keep, sorted=False), scores),
                 calls=copies,
                 work=score_bytes + kv_heads * keep * 8,
             ),
@@ -408,7 +414,7 @@ def _matvec(inner: int, outer: int, memory: int) -> Group:
         return Contender(
             name=f"bf16, {rows} row{'s' * (rows > 1)}",
             op="matvec",
-            run=lambda: [matvec(x[rows], w, backend="native") for w in weights],
+            run=lambda: _each(lambda w: matvec(x[rows], w, backend="native"), weights),
             calls=copies,
             work=2.0 * inner * outer,
             baselines=(f"F.linear, {rows}",),
@@ -419,7 +425,7 @@ def _matvec(inner: int, outer: int, memory: int) -> Group:
         return Contender(
             name=f"F.linear, {rows}",
             op="matvec",
-            run=lambda: [linear(x[rows], w) for w in weights],
+            run=lambda: _each(lambda w: linear(x[rows], w), weights),
             calls=copies,
             work=2.0 * inner * outer,
         )
@@ -435,7 +441,7 @@ def _matvec(inner: int, outer: int, memory: int) -> Group:
             Contender(
                 name="int8, 1 row",
                 op="matvec",
-                run=lambda: [matvec(x[1], w, backend="native") for w in narrow],
+                run=lambda: _each(lambda w: matvec(x[1], w, backend="native"), narrow),
                 calls=2 * copies,
                 work=1.0 * inner * outer + 8 * outer,
                 baselines=("F.linear, 1",),
