@@ -214,24 +214,37 @@ def test_strided_operands() -> None:
     torch.testing.assert_close(got.out, compare(q, segment, positions).out, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("row_max", [False, True])
 @pytest.mark.parametrize("dtype", [F32, BF16])
-def test_rising_and_huge_logits(dtype: torch.dtype) -> None:
-    """The reference exponent must follow a maximum that keeps growing, and survive large logits."""
+def test_rising_and_huge_logits(dtype: torch.dtype, row_max: bool) -> None:
+    """The reference exponent must follow a maximum that keeps growing, and survive large logits.
+
+    Where nobody asks for maxima, full tiles are weighed before they are looked at.
+    """
     q, segment, positions = make(300, [900], D=64, dtype=dtype)
     ramp = torch.linspace(0.1, 3, 905)[None, :, None]
     rising = replace(segment, k=(q[:1, :1].float() * ramp).to(dtype).contiguous())
     rising.k[:, 900:] = torch.nan
-    compare(q * 0 + q[:1], rising, positions, scale=1.0 if dtype == BF16 else 0.25, row_max=True)
-    compare(-(q * 0 + q[:1]), rising, positions, scale=0.25, row_max=True)
+    compare(q * 0 + q[:1], rising, positions, scale=1.0 if dtype == BF16 else 0.25, row_max=row_max)
+    compare(-(q * 0 + q[:1]), rising, positions, scale=0.25, row_max=row_max)
 
 
-def test_nan_entries_stay_visible(isa: str) -> None:
+@pytest.mark.parametrize("dtype", [F32, BF16])
+@pytest.mark.parametrize(("tokens", "bad"), [(50, 30), (1500, 30), (1500, 900)])
+def test_nan_entries_stay_visible(isa: str, dtype: torch.dtype, tokens: int, bad: int) -> None:
     """Memory behind the lengths is ignored; a NaN inside them is the caller's and must not be hidden."""
-    q, segment, positions = make(20, [50])
-    segment.k[0, 30, 3] = torch.nan
+    q, segment, positions = make(tokens, [tokens], dtype=dtype)
+    segment.k[0, bad, 3] = torch.nan
     got = native.prefill(q, segment, AttentionSpec(scale=0.2), positions, Dense(), False)
-    assert got.out[positions >= 30].isnan().all()
-    assert not got.out[positions < 30].isnan().any()
+    assert got.out[positions >= bad].isnan().all()
+    assert not got.out[positions < bad].isnan().any()
+
+
+@pytest.mark.parametrize("at", [100, 700, 1300])
+def test_one_entry_towers_over_a_tile_that_was_weighed_already(at: int) -> None:
+    q, segment, positions = make(1500, [1500], D=64, dtype=BF16)
+    segment.k[0, at] = 12 * q[1400, 0]
+    compare(q, segment, positions)
 
 
 def test_poisoned_outputs_are_overwritten(isa: str, poisoned: None) -> None:

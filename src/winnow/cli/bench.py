@@ -75,6 +75,7 @@ def end_to_end(
     ] = None,
     decode_at: Annotated[int, typer.Option(help="Entries in the cache while decoding.")] = 32768,
     prefill: Annotated[int, typer.Option(help="Prompt tokens of the prefill; 0 skips it.")] = 16384,
+    prefill_rounds: Annotated[int, typer.Option(help="Times that every prefill is repeated, in turns.")] = 1,
     preset: Annotated[str, typer.Option(help="Shape of the random model: 1b or tiny.")] = "1b",
     out: Out = None,
     as_json: Json = False,
@@ -84,6 +85,11 @@ def end_to_end(
 
     with show.step_progress() as progress:
         report = bench.run(
-            contenders=contender, decode_at=decode_at, prefill=prefill, preset=preset, progress=progress
+            contenders=contender,
+            decode_at=decode_at,
+            prefill=prefill,
+            prefill_rounds=prefill_rounds,
+            preset=preset,
+            progress=progress,
         )
     show.report(report, bench.tables, out=out, as_json=as_json)
