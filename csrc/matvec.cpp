@@ -281,11 +281,18 @@ inline void store(const MatvecArgs& a, int64_t r, int64_t n, int count, F values
   }
 }
 
+// Of 32 vector registers none is short when the caller's code surrounds the loop; of 16 some are.
+#if WINNOW_ISA_avx512
+#define WINNOW_ROWS inline
+#else
+#define WINNOW_ROWS __attribute__((noinline))
+#endif
+
 // All R rows of x times N weight rows that start at `n`; sums[r] gets those of row r, lanes not yet added.
 // One chain of additions per output whatever R and N are: a row of x gives the same bits in any company.
 template <class Op, int R, int N>
-inline void rows(const MatvecArgs& a, const Packed<Op>& packed, int64_t n, int64_t ahead,
-                 typename Op::Acc (*sums)[kLanes], int at) {
+WINNOW_ROWS void rows(const MatvecArgs& a, const Packed<Op>& packed, int64_t n, int64_t ahead,
+                      typename Op::Acc (*sums)[kLanes], int at) {
   // Of a short loop, few instructions may be counters, for the processor to see many loads ahead.
   constexpr int64_t stride = (N == 1 ? 4 : 1) * Op::step;
   const typename Op::X* x = packed.x;
