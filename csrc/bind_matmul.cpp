@@ -27,7 +27,6 @@ void bind_matmul(nb::module_& m) {
   m.def(
       "multiply_peak", [](int64_t times) { return table().matmul.peak(times); },
       nb::call_guard<nb::gil_scoped_release>());
-  m.def("has_matrix_tiles", &has_matrix_tiles);
 }
 
 }  // namespace winnow

@@ -72,8 +72,12 @@ const KernelTable& table() { return *choice().table; }
 
 bool has_matrix_tiles() {
 #if defined(__x86_64__)
-  unsigned a, b, c, d;
-  return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d >> 22 & 1);
+  // Asked once: in a virtual machine the instruction takes microseconds.
+  static const bool has = [] {
+    unsigned a, b, c, d;
+    return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d >> 22 & 1);
+  }();
+  return has;
 #else
   return false;
 #endif

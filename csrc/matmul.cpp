@@ -9,7 +9,6 @@
 #include <omp.h>
 
 #include <algorithm>
-#include <cstring>
 
 #include "scratch.h"
 #include "tile_pack.h"

@@ -26,6 +26,7 @@ NB_MODULE(_native, m) {
   m.def("available_isas", &winnow::available_isas);
   m.def("current_isa", &winnow::current_isa);
   m.def("force_isa", &winnow::force_isa);
+  m.def("has_matrix_tiles", &winnow::has_matrix_tiles);
   winnow::bind_prefill(m);
   winnow::bind_mass(m);
   winnow::bind_decode(m);

@@ -6,13 +6,10 @@ from collections.abc import Iterator
 
 import pytest
 
-from winnow.kernels import backend
-
-ISAS = backend.isas()
+from tests.kernels.many_queries import ISAS, forced
 
 
 @pytest.fixture(params=ISAS)
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    backend.force_isa(request.param)
-    yield request.param
-    backend.force_isa(ISAS[0])
+    with forced(request.param):
+        yield request.param

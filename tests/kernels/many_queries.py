@@ -29,13 +29,6 @@ def forced(isa: str) -> Iterator[None]:
         backend.force_isa(before)
 
 
-@pytest.fixture(params=ISAS or ["none"])
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    """For tests that call the kernel themselves; :func:`on_every_isa` goes through every set on its own."""
-    with forced(request.param):
-        yield request.param
-
-
 @contextmanager
 def one_thread() -> Iterator[None]:
     """The reference's products are too small to share; the native kernel then gets its threads back."""

@@ -17,7 +17,6 @@ from tests.kernels.many_queries import (
     F32,
     ISAS,
     halves,
-    isa,
     make,
     on_every_isa,
     one_thread,
@@ -29,7 +28,7 @@ from winnow.kernels.mass import mass, native, reference
 from winnow.kernels.prefill import prefill
 from winnow.types import AttentionSpec, Segment
 
-__all__ = ["isa", "poisoned"]  # fixtures
+__all__ = ["poisoned"]  # a fixture
 pytestmark = pytest.mark.skipif(not ISAS, reason="the extension was not built")
 
 

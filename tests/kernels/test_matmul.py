@@ -9,13 +9,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional
 
-from winnow.kernels import backend
 from winnow.kernels.matmul import gated_matmul, matmul, native
 
+from .many_queries import ISAS, forced
 from .tolerances import MATMUL
 
 DTYPES = [torch.float32, torch.bfloat16]
-ISAS = backend.isas()
 
 
 def operands(
@@ -54,11 +53,8 @@ def test_any_shape(
     isa: str, rows: int, outer: int, inner: int, dtype: torch.dtype, biased: bool, seed: int
 ) -> None:
     x, w, bias = operands(rows, outer, inner, dtype, seed)
-    backend.force_isa(isa)
-    try:
+    with forced(isa):
         check(x, w, bias if biased else None)
-    finally:
-        backend.force_isa(ISAS[0])
 
 
 @pytest.mark.parametrize("inner", [1024, 2048, 2050, 4097])

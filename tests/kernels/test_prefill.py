@@ -17,7 +17,6 @@ from tests.kernels.many_queries import (
     F32,
     ISAS,
     halves,
-    isa,
     make,
     on_every_isa,
     one_thread,
@@ -31,7 +30,7 @@ from winnow.types import AttentionSpec, Blocks, Dense, Form, Partial, Segment, S
 
 DENSE = Dense()
 pytestmark = pytest.mark.skipif(not ISAS, reason="the extension was not built")
-__all__ = ["isa", "poisoned"]  # fixtures
+__all__ = ["poisoned"]  # a fixture
 
 
 def random_lists(heads: int, lists: int, limit: int, density: float, seed: int = 0) -> tuple[Tensor, Tensor]:

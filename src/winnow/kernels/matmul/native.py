@@ -6,10 +6,9 @@ import torch
 from torch import Tensor
 
 from winnow.kernels.backend import extension
+from winnow.kernels.operands import DTYPES
 
 __all__ = ["gated_matmul", "is_faster", "matmul", "unsupported"]
-
-_TYPES = {torch.float32: 0, torch.bfloat16: 1}
 
 
 def is_faster() -> bool:
@@ -24,7 +23,7 @@ def is_faster() -> bool:
 
 def unsupported(x_RK: Tensor, w_NK: Tensor, bias_N: Tensor | None) -> str:
     """Why the native kernel cannot take these operands; empty where it can."""
-    if x_RK.dtype not in _TYPES:
+    if x_RK.dtype not in DTYPES:
         return f"x is {x_RK.dtype}, not float32 or bfloat16"
     if w_NK.device != x_RK.device or not (bias_N is None or bias_N.device == x_RK.device):
         return "weights or bias lie on another device"
@@ -55,7 +54,7 @@ def _product(x_RK: Tensor, w_NK: Tensor, bias_N: Tensor | None, *, gated: bool) 
     if rows and wide:
         native.matmul(
             gated,
-            _TYPES[x_RK.dtype],
+            DTYPES[x_RK.dtype],
             x_RK.data_ptr(),
             x_RK.stride(0),
             w_NK.data_ptr(),

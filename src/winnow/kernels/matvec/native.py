@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from winnow.kernels.backend import extension
+from winnow.kernels.operands import DTYPES
 
 from .weights import Int8Weight
 
@@ -13,12 +14,11 @@ __all__ = ["MAX_ROWS", "matvec", "unsupported"]
 
 MAX_ROWS = 8
 _MAX_INNER_INT8 = 1 << 16  # 255 * 127 * 65536 still fits the 32-bit sums
-_TYPES = {torch.float32: 0, torch.bfloat16: 1}
 
 
 def unsupported(x_RK: Tensor, w_NK: Tensor | Int8Weight) -> str:
     """Why the native kernel cannot take these operands; empty where it can."""
-    if x_RK.dtype not in _TYPES:
+    if x_RK.dtype not in DTYPES:
         return f"x is {x_RK.dtype}, not float32 or bfloat16"
     if isinstance(w_NK, Int8Weight):
         codes = w_NK.codes
@@ -28,7 +28,7 @@ def unsupported(x_RK: Tensor, w_NK: Tensor | Int8Weight) -> str:
             return "scale or row_sum is not contiguous"
     else:
         codes = w_NK
-        if codes.dtype not in _TYPES:
+        if codes.dtype not in DTYPES:
             return f"weights are {codes.dtype}, not float32, bfloat16 or Int8Weight"
     if codes.device != x_RK.device:
         return f"weights lie on {codes.device}"
@@ -43,14 +43,14 @@ def matvec(x_RK: Tensor, w_NK: Tensor | Int8Weight) -> Tensor:
     if isinstance(w_NK, Int8Weight):
         w, kind, scale, row_sum = w_NK.codes, 2, w_NK.scale.data_ptr(), w_NK.row_sum.data_ptr()
     else:
-        w, kind, scale, row_sum = w_NK, _TYPES[w_NK.dtype], 0, 0
+        w, kind, scale, row_sum = w_NK, DTYPES[w_NK.dtype], 0, 0
     outer = w.shape[0]
     out_RN = torch.empty(rows, outer, dtype=x_RK.dtype)
     native = extension()
     assert native is not None
     native.matvec(
         kind,
-        _TYPES[x_RK.dtype],
+        DTYPES[x_RK.dtype],
         x_RK.data_ptr(),
         x_RK.stride(0),
         w.data_ptr(),

@@ -6,16 +6,15 @@ import torch
 from torch import Tensor
 
 from winnow.kernels.backend import extension
+from winnow.kernels.operands import DTYPES
 
 __all__ = ["add_rms_norm", "rotate_heads", "silu_mul", "unsupported"]
-
-_TYPES = {torch.float32: 0, torch.bfloat16: 1}
 
 
 def unsupported(operands: tuple[Tensor, ...]) -> str:
     """Why the native kernel cannot take these operands; empty where it can."""
     dtype = operands[0].dtype
-    if dtype not in _TYPES:
+    if dtype not in DTYPES:
         return f"operands are {dtype}, not float32 or bfloat16"
     for operand in operands:
         if operand.dtype != dtype or not operand.is_contiguous():
@@ -29,7 +28,7 @@ def add_rms_norm(x_RK: Tensor, delta_RK: Tensor | None, weight_K: Tensor, eps: f
     native = extension()
     assert native is not None
     native.norm(
-        _TYPES[x_RK.dtype],
+        DTYPES[x_RK.dtype],
         x_RK.data_ptr(),
         0 if delta_RK is None else delta_RK.data_ptr(),
         weight_K.data_ptr(),
@@ -56,7 +55,7 @@ def rotate_heads(
     native = extension()
     assert native is not None
     native.rotate(
-        _TYPES[heads_RHD.dtype],
+        DTYPES[heads_RHD.dtype],
         heads_RHD.data_ptr(),
         cos_RE.data_ptr(),
         sin_RE.data_ptr(),
@@ -76,5 +75,5 @@ def silu_mul(gate_up_RI: Tensor) -> Tensor:
     out_RI = torch.empty(rows, both // 2, dtype=gate_up_RI.dtype)
     native = extension()
     assert native is not None
-    native.silu(_TYPES[gate_up_RI.dtype], gate_up_RI.data_ptr(), out_RI.data_ptr(), rows, both // 2)
+    native.silu(DTYPES[gate_up_RI.dtype], gate_up_RI.data_ptr(), out_RI.data_ptr(), rows, both // 2)
     return out_RI
