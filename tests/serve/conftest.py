@@ -7,6 +7,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
 
@@ -80,10 +81,16 @@ class Running:
     def worker(self):
         return self.service.worker
 
+    def between_steps(self, look: Callable[[], Any]) -> Any:
+        """What ``look`` gives when the worker does nothing else, so that lists, counters and bytes agree."""
+        seen: Future[Any] = Future()
+        self.worker.errand(lambda: seen.set_result(look()))
+        return seen.result(timeout=20)
+
     def idle(self, seconds: float = 20.0) -> None:
         """Wait until nothing runs or waits."""
         end = time.monotonic() + seconds
-        while self.worker.running() or self.worker.waiting():
+        while self.between_steps(lambda: self.worker.running() or self.worker.waiting()):
             assert time.monotonic() < end, "requests are stuck"
             time.sleep(0.01)
 

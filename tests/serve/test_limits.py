@@ -102,6 +102,18 @@ def test_a_client_that_vanishes_frees_its_memory(start):
     assert server.client().completions.create(model="tiny", prompt=[5], max_tokens=1).choices
 
 
+def test_a_worker_that_stopped_takes_nothing_and_leaves_nobody_waiting(start):
+    server = start()
+    server.worker.stop()
+    with server.http(timeout=5) as http:
+        answers = [
+            http.post("/reset_prefix_cache"),
+            http.post("/v1/completions", json={"model": "tiny", "prompt": "a"}),
+        ]
+    assert [one.status_code for one in answers] == [503, 503]
+    assert all("shutting down" in one.json()["error"]["message"] for one in answers)
+
+
 def test_recipes_are_chosen_by_name_and_bytes_fall(start, text):
     from winnow.methods import load
     from winnow.recipe import Recipe
@@ -111,6 +123,7 @@ def test_recipes_are_chosen_by_name_and_bytes_fall(start, text):
     client = server.client()
     client.completions.create(**options)
     client.completions.create(extra_body={"recipe": "small"}, **options)
+    server.idle()
     full, small = (job.result.stats for job in reversed(server.worker.recent_jobs()))
     assert sum(small.bytes_stored.values()) < 0.3 * sum(full.bytes_stored.values())
     # Prompts are computed alike under both recipes, so the second found the entries of the first, but

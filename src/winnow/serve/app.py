@@ -448,7 +448,7 @@ def _operation(app: FastAPI, service: Service) -> None:
         """What the live page shows."""
         return live.state(service.worker)
 
-    @app.post("/reset_prefix_cache", responses={401: _ERRORS[401]})
+    @app.post("/reset_prefix_cache", responses={401: _ERRORS[401], 503: _ERRORS[503]})
     async def reset_prefix_cache() -> dict[str, bool]:
         """Forget every reusable entry that nobody is using, in memory and on disk."""
         done = asyncio.get_running_loop().create_future()

@@ -136,7 +136,7 @@ class Worker:
         turned_away = None
         with self._wake:
             if not self.alive:
-                raise ApiError(503, "the server is shutting down; try another one", retry_after=5)
+                raise _stopped()
             if len(self._queue) >= self._max_queue:
                 turned_away = self._queue.crowd(job.client)
                 if turned_away is None or turned_away.state == "suspended":
@@ -154,8 +154,16 @@ class Worker:
             self._wake.notify()
 
     def errand(self, act: Callable[[], None]) -> None:
-        """Have something done by the worker's thread, between two steps."""
+        """Have something done by the worker's thread, between two steps.
+
+        Raises
+        ------
+        ApiError
+            Nobody is there to do it.
+        """
         with self._wake:
+            if not self.alive:
+                raise _stopped()
             self._errands.append(act)
             self._wake.notify()
 
@@ -221,7 +229,7 @@ class Worker:
             self._end_all()
 
     def _end_all(self) -> None:
-        error = ApiError(503, "the server is shutting down; try another one", retry_after=5)
+        error = _stopped()
         for engine in self.engines.values():
             engine.abort()
         with self._wake:
@@ -229,8 +237,12 @@ class Worker:
             for job in left:
                 self._queue.remove(job)
             self._running.clear()
+            errands = list(self._errands)
+            self._errands.clear()
         for job in left:
             self._fail(job, error)
+        for act in errands:
+            act()
 
     def _reap(self) -> None:
         """End jobs that were cancelled or took too long."""
@@ -471,3 +483,7 @@ class Worker:
             code="rate_limit_exceeded",
             retry_after=self.retry_after(),
         )
+
+
+def _stopped() -> ApiError:
+    return ApiError(503, "the server is shutting down; try another one", retry_after=5)
