@@ -1,6 +1,6 @@
-// Products of many rows with a large matrix.
+// Products of rows with a large matrix. Few rows leave the weights where they are (few_rows.h), where there is AVX-512.
 //
-// The weights of kItem outputs are packed so that a full vector holds one word of several outputs, and x in strips
+// For many, the weights of kItem outputs are packed so that a full vector holds one word of several outputs, and x in strips
 // of kTileRows rows, [kRun words][rows][kRun], of which one word is broadcast. A thread packs a slab of weights that
 // stays in its second-level cache, and lets every strip of x pass over it. Both streams are fetched ahead by hand: the
 // processor's own prefetching stops at every page of 4 KiB.
@@ -10,6 +10,7 @@
 
 #include <algorithm>
 
+#include "few_rows.h"
 #include "scratch.h"
 #include "tile_pack.h"
 
@@ -24,7 +25,9 @@ constexpr int64_t kWords = 1024;                 // words of each output in a sl
 constexpr int64_t kStripsBytes = 16 << 20;       // packed rows of x, at most
 constexpr int kAheadWeights = 1024, kAheadRows = 3072;  // bytes
 constexpr int64_t kLeastStrips = 24;  // that are worth packing a slab
-constexpr double kSerialProducts = 1 << 18;  // below this, waking another thread does not pay
+constexpr int64_t kFewRows = 96;      // as which weights need not be packed
+constexpr double kSerialProducts = 1 << 18;   // below this, waking another thread does not pay
+constexpr int64_t kSerialBytes = 1 << 16;     // of weights for few rows: likewise
 static_assert(kItem % kColumns == 0 && kColumns % kPanel == 0, "micro-tiles fill a slab, panels a micro-tile");
 static_assert(kWords % kRun == 0, "runs fill a slab");
 
@@ -88,6 +91,9 @@ class Matmul {
         outputs_(kGated ? args.outer / 2 : args.outer) {}
 
   void run() {
+#if defined(WINNOW_ISA_avx512)
+    if (a_.rows <= kFewRows) return run_few();
+#endif
     const double products = static_cast<double>(a_.rows) * static_cast<double>(a_.outer) * static_cast<double>(a_.inner);
     const int threads = products < kSerialProducts ? 1 : omp_get_max_threads();
     prefer_large_pages(a_.out, a_.rows * a_.out_stride * static_cast<int64_t>(sizeof(Input)));
@@ -96,6 +102,35 @@ class Matmul {
   }
 
  private:
+#if defined(WINNOW_ISA_avx512)
+  void run_few() {
+    const Input* const w = static_cast<const Input*>(a_.w);
+    const int threads = a_.outer * a_.inner * int64_t(sizeof *w) < kSerialBytes ? 1 : omp_get_max_threads();
+    const FewRows<Way> x(static_cast<const Input*>(a_.x), a_.x_stride, a_.rows, a_.inner);
+    const int64_t items = (outputs_ + kOutputs - 1) / kOutputs, ahead = kFewTogether * a_.w_stride * int64_t(sizeof *w);
+    uint32_t* const packed = reinterpret_cast<uint32_t*>(scratch.take(x.words() * 4));
+#pragma omp parallel num_threads(threads)
+    {
+#pragma omp for schedule(static)
+      for (int64_t r = 0; r < x.packed_rows(); ++r) x.pack(r, packed);
+      alignas(64) float tile[(kFewRows + kFewVectors * kFewInVector) * kItem];
+#pragma omp for schedule(static)
+      for (int64_t i = 0; i < items; ++i) {
+        const int64_t column = i * kOutputs, columns = std::min<int64_t>(kOutputs, outputs_ - column);
+        for (int n = 0; n < kItem; n += kFewTogether) {
+          if (n % kOutputs >= columns) continue;  // behind the last output
+          const Input* rows[kFewTogether];
+          for (int r = 0; r < kFewTogether; ++r) rows[r] = w + weight(column, n + r) * a_.w_stride;
+          x.multiply(rows, packed, ahead, tile + n, kItem);
+        }
+        float bias[kItem];
+        take_bias(column, bias);
+        write(tile, bias, a_.rows, columns, static_cast<Input*>(a_.out) + column);
+      }
+    }
+  }
+#endif
+
   // Rows whose strips are held at a time.
   void run_rows(int64_t first, int64_t rows, int threads) {
     const int64_t strips = (rows + kTileRows - 1) / kTileRows, items = (outputs_ + kOutputs - 1) / kOutputs;
@@ -161,9 +196,8 @@ class Matmul {
                      const uint32_t* packed, uint32_t* slab, float* sums) const {
     const int64_t columns = std::min<int64_t>(kOutputs, outputs_ - column);
     const bool whole = words_ <= kWords;  // so that no sums need to be kept
-    float bias[kItem] = {};
-    if (a_.bias)
-      for (int n = 0; n < kItem; ++n) bias[n] = to_float(static_cast<const Input*>(a_.bias)[weight(column, n)]);
+    float bias[kItem];
+    take_bias(column, bias);
     for (int64_t at = 0; at < words_; at += kWords) {
       const int64_t count = std::min(kWords, words_ - at);
       pack_slab(column, at, count, slab);
@@ -200,6 +234,11 @@ class Matmul {
           to[k * kColumns + e] = Way::word(last);
         }
     }
+  }
+
+  void take_bias(int64_t column, float* bias) const {
+    for (int n = 0; n < kItem; ++n)
+      bias[n] = a_.bias ? to_float(static_cast<const Input*>(a_.bias)[weight(column, n)]) : 0.f;
   }
 
   void write(const float* sums, const float* bias, int64_t rows, int64_t columns, Input* out) const {

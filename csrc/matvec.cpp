@@ -1,11 +1,11 @@
+// What is of one type on both sides goes to matmul.cpp where there is AVX-512. Otherwise, and for 8-bit weights:
 // Each thread walks a contiguous panel of weight rows, and up to eight rows of x share each load of a
 // weight. While x leaves room in the first-level cache the weights are read in one stream, row by row,
 // which is how the processor prefetches best; otherwise several weight rows share each load of x.
 //
 // Vectors are GCC/Clang vector extensions, so one source serves AVX-512, AVX2 and any other machine;
-// only the two instructions that the extensions cannot express (bf16 and int8 dot products) are
-// intrinsics.
-#include "matvec.h"
+// only the one instruction that the extensions cannot express (8-bit dot products) is an intrinsic.
+#include "kernels.h"
 
 #include <algorithm>
 #include <cmath>
@@ -181,25 +181,6 @@ struct WidenedBf16Weights {
   }
   static F finish(const MatvecArgs&, int64_t, int, F sums, float) { return sums; }
 };
-
-#if WINNOW_ISA_avx512
-struct Bf16Weights {
-  using W = uint16_t;
-  using X = uint16_t;
-  using Acc = F;
-  static constexpr int step = 2 * kLanes;
-  static float pack(const MatvecArgs& a, int64_t r, X* x, int64_t jump) {
-    const uint16_t* from = static_cast<const uint16_t*>(a.x) + r * a.x_stride;
-    for (int64_t k = 0; k < a.inner; k += step, x += jump)
-      std::memcpy(x, from + k, size_t(std::min<int64_t>(step, a.inner - k)) * 2);
-    return 1.0f;
-  }
-  using Weights = __m512bh;
-  static Weights weights(const W* w) { return (__m512bh)_mm512_loadu_si512(w); }
-  static void dot(Acc& acc, Weights w, const X* x) { acc = (F)_mm512_dpbf16_ps((__m512)acc, w, weights(x)); }
-  static F finish(const MatvecArgs&, int64_t, int, F sums, float) { return sums; }
-};
-#endif
 
 // x quantised to 8 bits with one scale per row. The products and sums are exact integers, so every
 // instruction set gives the same result.
@@ -411,11 +392,14 @@ void run_all(const MatvecArgs& a) {
   }
 }
 
-void matvec_bf16(const MatvecArgs& a) {
+template <class Op, Dtype type>
+void run_floats(const MatvecArgs& a) {
 #if WINNOW_ISA_avx512
-  if (a.x_type == Dtype::bf16) return run_all<Bf16Weights>(a);
+  if (a.x_type == type && a.inner > 0)
+    return table()->matmul.matmul(
+        {a.x, a.w, nullptr, a.out, a.x_stride, a.w_stride, a.out_stride, a.rows, a.outer, a.inner, type});
 #endif
-  run_all<WidenedBf16Weights>(a);
+  run_all<Op>(a);
 }
 
 uint32_t sum_range(const char* p, int64_t vectors) {
@@ -457,7 +441,8 @@ uint32_t read_sum(const void* data, int64_t bytes) {
 }  // namespace
 
 MatvecKernels matvec_kernels() {
-  return {run_all<F32Weights>, matvec_bf16, run_all<Int8Weights>, read_sum};
+  return {run_floats<F32Weights, Dtype::f32>, run_floats<WidenedBf16Weights, Dtype::bf16>, run_all<Int8Weights>,
+          read_sum};
 }
 
 }  // namespace WINNOW_ISA

@@ -1,4 +1,4 @@
-"""Matrix products of many rows: every instruction set against products in float64."""
+"""Matrix products: every instruction set against products in float64."""
 
 from __future__ import annotations
 
@@ -81,10 +81,22 @@ def test_reads_views_and_not_beyond_them(isa: str, dtype: torch.dtype) -> None:
     check(x[3:23, :77], w[9:79, :77], bias)
 
 
-def test_a_row_does_not_depend_on_its_neighbours(isa: str) -> None:
-    x, w, bias = operands(64, 96, 300, torch.bfloat16)
-    whole = matmul(x, w, bias, backend="native")
-    assert torch.equal(whole[10:27], matmul(x[10:27], w, bias, backend="native"))
+# 96 rows are few and 97 are many; the others make one to four groups of few rows, full and not.
+@pytest.mark.parametrize("rows", [1, 4, 9, 24, 25, 33, 50, 73, 96, 97])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_few_rows(isa: str, dtype: torch.dtype, rows: int) -> None:
+    check(*operands(rows, 150, 333, dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_row_gives_the_same_bits_in_any_company(isa: str, dtype: torch.dtype) -> None:
+    """Few rows where there is AVX-512, as a batch that decodes has; among many rows everywhere."""
+    x, w, bias = operands(200, 96, 300, dtype)
+    few = isa == "avx512"
+    for product in (matmul, gated_matmul):
+        whole = product(x[:96] if few else x, w, bias, backend="native")
+        for rows in (1, 2, 5, 16, 30, 77) if few else (9, 16, 100):
+            assert torch.equal(product(x[3 : 3 + rows], w, bias, backend="native"), whole[3 : 3 + rows])
 
 
 def test_poison_stays_in_its_row(isa: str) -> None:
@@ -115,7 +127,7 @@ def test_auto_takes_the_kernel_where_it_is_faster(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(native, "matmul", lambda *_: asked.append("native"))
     x, w, _ = operands(20, 30, 40, torch.bfloat16)
     for faster in (True, False):
-        monkeypatch.setattr(native, "is_faster", lambda faster=faster: faster)
+        monkeypatch.setattr(native, "is_faster", lambda _, faster=faster: faster)
         asked.append(str(faster))
         matmul(x, w)
     assert asked == ["True", "native", "False"]

@@ -522,7 +522,13 @@ def groups(*, quick: bool, ops: tuple[str, ...]) -> Iterator[Callable[[], Group]
     if {"decode", "key_scan", "top_k"} & set(ops):
         yield partial(_decode, 8192 if quick else 65536)
     if "matmul" in ops:
-        shapes = [(4096, 2048, 16384), (4096, 8192, 2048), (4096, 2048, 3072), (64, 2048, 16384)]
+        shapes = [
+            (4096, 2048, 16384),
+            (4096, 8192, 2048),
+            (4096, 2048, 3072),
+            (64, 2048, 16384),
+            (16, 2048, 16384),
+        ]
         for rows, inner, outer in shapes[-1:] if quick else shapes:
             yield partial(_matmul, rows, inner, outer)
     if "matvec" in ops:

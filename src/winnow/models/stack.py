@@ -9,8 +9,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from winnow.kernels.matmul import gated_matmul, matmul
-from winnow.kernels.matvec import MAX_ROWS, matvec
-from winnow.kernels.pointwise import add_rms_norm, rotate_heads, silu_mul
+from winnow.kernels.pointwise import add_rms_norm, rotate_heads
 from winnow.types import Attend, AttentionSpec
 
 __all__ = ["LayerWeights", "Linear", "LlamaStack", "StackWalk"]
@@ -18,23 +17,18 @@ __all__ = ["LayerWeights", "Linear", "LlamaStack", "StackWalk"]
 
 @dataclass(frozen=True, kw_only=True)
 class Linear:
-    """A matrix ``[out, in]`` and what is added; few rows go to the matrix-vector kernel."""
+    """A matrix ``[out, in]`` and what is added."""
 
     weight: Tensor
     bias: Tensor | None
 
     def __call__(self, x_NK: Tensor) -> Tensor:
         """``[N, in]`` to ``[N, out]``."""
-        if len(x_NK) > MAX_ROWS or x_NK.device.type != "cpu":
-            return matmul(x_NK, self.weight, self.bias)
-        y_NO = matvec(x_NK, self.weight)
-        return y_NO if self.bias is None else y_NO.add_(self.bias)
+        return matmul(x_NK, self.weight, self.bias)
 
     def gated(self, x_NK: Tensor) -> Tensor:
         """``[N, in]`` to ``[N, out / 2]``: ``silu(gate) * up`` of outputs that are gate and then up."""
-        if len(x_NK) > MAX_ROWS:
-            return gated_matmul(x_NK, self.weight, self.bias)
-        return silu_mul(self(x_NK))
+        return gated_matmul(x_NK, self.weight, self.bias)
 
     def rows(self, first: int, last: int | None = None) -> Linear:
         """The outputs ``first .. last - 1``; views."""

@@ -1,4 +1,4 @@
-"""Many rows times a large weight matrix, as in the linear layers of prefill: bound by arithmetic."""
+"""Rows times a large weight matrix: many are bound by arithmetic, few by reading the weights."""
 
 from __future__ import annotations
 
@@ -17,19 +17,21 @@ def matmul(x_RK: Tensor, w_NK: Tensor, bias_N: Tensor | None = None, *, backend:
     Parameters
     ----------
     x_RK : Tensor
-        ``[R, K]`` of any floating dtype. For few rows :func:`winnow.kernels.matvec.matvec` is better.
+        ``[R, K]`` of any floating dtype.
     w_NK : Tensor
         ``[N, K]`` of the same dtype.
     bias_N : Tensor or None
         ``[N]`` of the same dtype.
     backend : Backend
-        ``auto`` takes the native kernel on processors with AVX-512 or AVX2 and without tiles for products
-        (AMX), which PyTorch uses better. A GPU has no kernel of its own: it runs the reference.
+        ``auto`` takes the native kernel for few rows, and for any on processors with AVX-512 or AVX2
+        and without tiles for products (AMX), which PyTorch uses better. A GPU has no kernel of its own:
+        it runs the reference.
 
     Returns
     -------
     Tensor
-        ``[R, N]`` in the dtype of ``x``; natively summed in float32 and rounded once.
+        ``[R, N]`` in the dtype of ``x``; natively summed in float32 and rounded once. With AVX-512, up to
+        96 rows are summed up alike: a row gives the same bits whatever batch it comes in.
 
     Raises
     ------
@@ -88,9 +90,9 @@ def _natively(op: str, x_RK: Tensor, w_NK: Tensor, bias_N: Tensor | None, backen
         )
     if bias_N is not None and bias_N.shape != w_NK.shape[:1]:
         raise ValueError(f"{op}: a bias {list(bias_N.shape)} does not fit {w_NK.shape[0]} outputs; give [N]")
-    if {t.dtype for t in (w_NK, bias_N) if t is not None} != {x_RK.dtype}:
+    if w_NK.dtype != x_RK.dtype or (bias_N is not None and bias_N.dtype != x_RK.dtype):
         raise ValueError(f"{op}: x is {x_RK.dtype}, weights or bias are not; convert them")
-    if backend == "auto" and (x_RK.device.type != "cpu" or not native.is_faster()):
+    if backend == "auto" and (x_RK.device.type != "cpu" or not native.is_faster(len(x_RK))):
         backend = "reference"
     chosen = choose(op, backend, x_RK.device, unsupported=native.unsupported(x_RK, w_NK, bias_N))
     if chosen == "triton":

@@ -5,20 +5,24 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from winnow.kernels import pointwise
 from winnow.kernels.backend import extension
+from winnow.kernels.matvec import MAX_ROWS, matvec
 from winnow.kernels.operands import DTYPES
 
 __all__ = ["gated_matmul", "is_faster", "matmul", "unsupported"]
 
 
-def is_faster() -> bool:
+def is_faster(rows: int) -> bool:
     """Whether the kernel beats PyTorch's products on this processor; `winnow bench kernels` measures both.
 
-    So it was on AMD's Zen 4, in bfloat16 and float32. What has tiles for products (AMX) is left to
-    PyTorch, and so is what has neither AVX-512 nor AVX2.
+    For few rows it does everywhere. For more it does on AMD's Zen 4, in bfloat16 and float32; what has tiles
+    for products (AMX) is left to PyTorch, and so is what has neither AVX-512 nor AVX2.
     """
     native = extension()
-    return native is not None and native.current_isa() in ("avx512", "avx2") and not native.has_matrix_tiles()
+    if native is None or rows <= MAX_ROWS:
+        return native is not None
+    return native.current_isa() in ("avx512", "avx2") and not native.has_matrix_tiles()
 
 
 def unsupported(x_RK: Tensor, w_NK: Tensor, bias_N: Tensor | None) -> str:
@@ -38,11 +42,27 @@ def unsupported(x_RK: Tensor, w_NK: Tensor, bias_N: Tensor | None) -> str:
 
 
 def matmul(x_RK: Tensor, w_NK: Tensor, bias_N: Tensor | None) -> Tensor:
+    if _are_few(x_RK):
+        return _few(x_RK, w_NK, bias_N).to(x_RK.dtype)
     return _product(x_RK, w_NK, bias_N, gated=False)
 
 
 def gated_matmul(x_RK: Tensor, w_NK: Tensor, bias_N: Tensor | None) -> Tensor:
+    if _are_few(x_RK):
+        return pointwise.silu_mul(_few(x_RK, w_NK, bias_N)).to(x_RK.dtype)
     return _product(x_RK, w_NK, bias_N, gated=True)
+
+
+def _are_few(x_RK: Tensor) -> bool:
+    """Whether to use the matrix-vector product: without AVX-512 the other packs all weights first."""
+    native = extension()
+    return len(x_RK) <= MAX_ROWS and native is not None and native.current_isa() != "avx512"
+
+
+def _few(x_RK: Tensor, w_NK: Tensor, bias_N: Tensor | None) -> Tensor:
+    """``[R, N]`` in float32."""
+    out_RN = matvec(x_RK.float(), w_NK, backend="native")
+    return out_RN if bias_N is None else out_RN.add_(bias_N)
 
 
 def _product(x_RK: Tensor, w_NK: Tensor, bias_N: Tensor | None, *, gated: bool) -> Tensor:
