@@ -99,7 +99,8 @@ Start = Callable[..., Running]
 
 
 @contextlib.contextmanager
-def running(model: Any, text: Any, **options: Any) -> Iterator[Running]:
+def running(model: Any, text: Any, grace: int = 2, **options: Any) -> Iterator[Running]:
+    """A server that listens; when it stops, requests have ``grace`` seconds to end."""
     build_options = {name: options.pop(name) for name in ("prefix_caching",) if name in options}
     settings = Settings(
         **{
@@ -113,7 +114,7 @@ def running(model: Any, text: Any, **options: Any) -> Iterator[Running]:
     app = build(model, text, settings, **build_options)
     listener = socket.socket()
     listener.bind(("127.0.0.1", 0))
-    config = uvicorn.Config(app, log_config=None, access_log=False, timeout_graceful_shutdown=2)
+    config = uvicorn.Config(app, log_config=None, access_log=False, timeout_graceful_shutdown=grace)
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
     thread.start()

@@ -132,7 +132,7 @@ def test_recipes_are_chosen_by_name_and_bytes_fall(start, text):
 
 
 def test_shutdown_lets_running_requests_end_and_refuses_new_ones(start):
-    server = start()
+    server = start(grace=30)
     client = server.client()
     got: list[int] = []
 
@@ -145,7 +145,7 @@ def test_shutdown_lets_running_requests_end_and_refuses_new_ones(start):
     while not server.worker.running():
         time.sleep(0.01)
     server.server.should_exit = True
-    thread.join(20)
+    thread.join(30)
     assert got == [300]
     while server.worker.alive:
         time.sleep(0.01)
