@@ -15,6 +15,7 @@ from torch.nn import functional
 
 from winnow.kernels.matvec import MAX_ROWS
 from winnow.models.hf import HFModel
+from winnow.models.linear import NativeLinear
 from winnow.models.rotary import frequencies
 from winnow.models.stack import LayerWeights, Linear, LlamaStack, StackWalk
 from winnow.models.turning import PairRotary
@@ -182,7 +183,9 @@ def _llama_shaped(module: Any, general: HFModel) -> Any:
         linears = [
             m for m in (*layer.self_attn.children(), *layer.mlp.children()) if hasattr(m, "in_features")
         ]
-        _need(len(linears) == 7 and all(type(m) is nn.Linear for m in linears), "its weights are not plain")
+        _need(
+            len(linears) == 7 and all(type(m) is NativeLinear for m in linears), "its weights are not plain"
+        )
         _need(type(layer.mlp.act_fn).__name__ in ("SiLU", "SiLUActivation"), "its activation is not SiLU")
         norms = [layer.input_layernorm, layer.post_attention_layernorm]
         norms += [m for name, m in layer.self_attn.named_children() if name.endswith("norm")]

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from winnow.models.interface import NAME, attending
+from winnow.models.linear import use_native_products
 from winnow.models.pooling import Pooling
 from winnow.models.refuse import check_config, check_model, probe
 from winnow.models.rotary import position_limit, use_long_regime
@@ -159,6 +160,7 @@ def _twin(model: PreTrainedModel) -> PreTrainedModel:
     shared = {id(p): p for p in model.parameters()}
     twin = copy.deepcopy(model, shared).eval()
     twin.set_attn_implementation(NAME)
+    use_native_products(twin)
     return twin
 
 
