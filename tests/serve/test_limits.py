@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import dataclasses
 import json
 import socket
 import threading
@@ -10,6 +11,11 @@ import time
 
 import openai
 import pytest
+import torch
+
+from winnow.methods import load
+from winnow.recipe import Recipe
+from winnow.serve.config import Settings
 
 LONG = {"model": "tiny", "prompt": [5] * 40, "max_tokens": 1900, "extra_body": {"ignore_eos": True}}
 
@@ -115,9 +121,6 @@ def test_a_worker_that_stopped_takes_nothing_and_leaves_nobody_waiting(start):
 
 
 def test_recipes_are_chosen_by_name_and_bytes_fall(start, text):
-    from winnow.methods import load
-    from winnow.recipe import Recipe
-
     server = start(recipes={"full": Recipe(), "small": load("snapkv", keep=64)})
     options = {"model": "tiny", "prompt": [7] * 1500, "max_tokens": 4, "temperature": 0}
     client = server.client()
@@ -151,3 +154,23 @@ def test_shutdown_lets_running_requests_end_and_refuses_new_ones(start):
         time.sleep(0.01)
     with pytest.raises(openai.APIConnectionError):
         server.client().models.list()
+
+
+def test_steps_are_short_on_a_cpu_unless_a_pattern_depends_on_them():
+    settings = Settings(served_model_name="tiny", recipes={"full": Recipe()}, max_model_len=64)
+    cpu, gpu, patterned = torch.device("cpu"), torch.device("cuda"), load("anchor-attention")
+    assert [settings.step_tokens(*case) for case in ((cpu, Recipe()), (gpu, Recipe()), (cpu, patterned))] == [
+        512,
+        2048,
+        2048,
+    ]
+    given = dataclasses.replace(settings, max_num_batched_tokens=100)
+    assert given.step_tokens(cpu, patterned) == given.step_tokens(gpu, Recipe()) == 100
+    with pytest.raises(ValueError, match="max_num_batched_tokens must be at least 1"):
+        dataclasses.replace(settings, max_num_batched_tokens=0)
+
+
+def test_a_server_s_engines_take_the_steps_of_their_recipes(start):
+    server = start(recipes={"full": Recipe(), "anchor": load("anchor-attention")})
+    steps = {name: engine.limits.max_num_batched_tokens for name, engine in server.worker.engines.items()}
+    assert steps == {"full": 512, "anchor": 2048}

@@ -44,7 +44,12 @@ def serve(
         int | None, typer.Option(help="Prompt and answer together, in tokens; the model's own by default.")
     ] = None,
     max_num_seqs: Annotated[int, typer.Option(help="Requests that run at a time.")] = 64,
-    max_num_batched_tokens: Annotated[int, typer.Option(help="New tokens of one step.")] = 2048,
+    max_num_batched_tokens: Annotated[
+        int | None,
+        typer.Option(
+            help="New tokens of one step; 512 by default, 2048 on a GPU and with a prompt's pattern."
+        ),
+    ] = None,
     kv_memory: Annotated[str, typer.Option(help="Most memory for all entries, such as 4GiB.")] = "4GiB",
     kv_dir: Annotated[
         Path | None, typer.Option(help="Keep finished sequences here; they outlive the process.")

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
+
 from winnow.recipe import Recipe
 
 __all__ = ["Settings"]
@@ -23,8 +25,10 @@ class Settings:
         Recipes that a request may name; the first is the default.
     max_model_len : int
         Prompt and answer of one request together, in tokens.
-    max_num_seqs, max_num_batched_tokens : int
-        Sequences that run at a time, and new tokens of one engine step.
+    max_num_seqs : int
+        Sequences that run at a time.
+    max_num_batched_tokens : int or None
+        New tokens of one engine step; None for :meth:`step_tokens` to choose.
     kv_memory : int
         Most bytes that all entries in memory may take: running sequences and pools together.
     kv_dir : Path or None
@@ -53,7 +57,7 @@ class Settings:
     recipes: Mapping[str, Recipe]
     max_model_len: int
     max_num_seqs: int = 64
-    max_num_batched_tokens: int = 2048
+    max_num_batched_tokens: int | None = None
     kv_memory: int = 4 << 30
     kv_dir: Path | None = None
     kv_dir_bytes: int = 16 << 30
@@ -74,7 +78,6 @@ class Settings:
         for name in (
             "max_model_len",
             "max_num_seqs",
-            "max_num_batched_tokens",
             "kv_memory",
             "kv_dir_bytes",
             "max_body",
@@ -83,6 +86,8 @@ class Settings:
         ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if self.max_num_batched_tokens is not None and self.max_num_batched_tokens < 1:
+            raise ValueError(f"max_num_batched_tokens must be at least 1, not {self.max_num_batched_tokens}")
         for name in ("max_stop", "max_logprobs", "swap_space"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative")
@@ -97,3 +102,14 @@ class Settings:
     def default_recipe(self) -> str:
         """Name of the recipe of requests that name none."""
         return next(iter(self.recipes))
+
+    def step_tokens(self, device: torch.device, recipe: Recipe) -> int:
+        """New tokens of one engine step.
+
+        While a prompt is computed, everybody waits for the end of the step. On a CPU, steps of 512 tokens
+        take a quarter of the time of 2048 and lose 1 to 3 % (measured on two cores). Patterns of a prompt
+        are chosen per step, so recipes that have one keep the longer.
+        """
+        if self.max_num_batched_tokens is not None:
+            return self.max_num_batched_tokens
+        return 512 if device.type == "cpu" and recipe.generation is None else 2048

@@ -11,6 +11,7 @@ from winnow.engine.embedding import Embedder
 from winnow.engine.engine import Engine
 from winnow.engine.request import Result
 from winnow.models.pooling import Pool, Pooling, pooling_of
+from winnow.recipe import Recipe
 from winnow.serve.config import Settings
 from winnow.serve.errors import ApiError
 from winnow.serve.job import Job
@@ -63,6 +64,7 @@ class Embeddings:
 
     def __init__(self, settings: Settings, translator: Translator, model: LanguageModel) -> None:
         self._settings = settings
+        self._step_tokens = settings.step_tokens(model.device, Recipe())
         self._translator = translator
         self.pooling: Pooling | None = None
         try:
@@ -129,7 +131,7 @@ class Embeddings:
         wave: list[Reading] = []
         tokens, most = 0, min(self._settings.max_num_seqs, self._settings.max_queue)
         for reading in readings:
-            full = tokens + len(reading.tokens) > self._settings.max_num_batched_tokens
+            full = tokens + len(reading.tokens) > self._step_tokens
             if wave and (full or len(wave) == most):
                 yield wave
                 wave, tokens = [], 0

@@ -103,11 +103,14 @@ def build(
         A recipe that the model cannot serve, or a directory that cannot be used.
     """
     radix = Radix(capacity_bytes=settings.kv_memory)
-    limits = Limits(
-        max_num_batched_tokens=settings.max_num_batched_tokens,
-        # The worker admits requests; each may have several samples.
-        max_num_seqs=settings.max_num_seqs * settings.max_n,
-    )
+
+    def limits(recipe: Recipe) -> Limits:
+        return Limits(
+            max_num_batched_tokens=settings.step_tokens(model.device, recipe),
+            # The worker admits requests; each may have several samples.
+            max_num_seqs=settings.max_num_seqs * settings.max_n,
+        )
+
     shared: Pool | None = None
     engines: dict[str, Engine] = {}
     for name, recipe in settings.recipes.items():
@@ -115,7 +118,7 @@ def build(
         engine = Engine(
             transformed(model, pooled.generation),
             pooled,
-            limits=limits,
+            limits=limits(recipe),
             backend=backend,
             words=None if text is None else text.stream,
         )
@@ -135,7 +138,7 @@ def build(
     if embeddings.pooling is not None:
         if EMBEDDINGS in engines:
             raise ValueError(f"this model embeds, so no recipe may be called {EMBEDDINGS!r}; rename it")
-        engines[EMBEDDINGS] = Embedder(model, limits=limits, backend=backend)
+        engines[EMBEDDINGS] = Embedder(model, limits=limits(Recipe()), backend=backend)
         about["embeddings"] = embeddings.about()
     metrics = Metrics(settings.served_model_name)
     worker = Worker(
