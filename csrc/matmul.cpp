@@ -108,10 +108,10 @@ class Matmul {
     const int threads = a_.outer * a_.inner * int64_t(sizeof *w) < kSerialBytes ? 1 : omp_get_max_threads();
     const FewRows<Way> x(static_cast<const Input*>(a_.x), a_.x_stride, a_.rows, a_.inner);
     const int64_t items = (outputs_ + kOutputs - 1) / kOutputs, ahead = kFewTogether * a_.w_stride * int64_t(sizeof *w);
-    uint32_t* const packed = reinterpret_cast<uint32_t*>(scratch.take(x.words() * 4));
 #pragma omp parallel num_threads(threads)
     {
-#pragma omp for schedule(static)
+      // Every thread packs all of x for itself: that takes no longer than waiting for one that does.
+      uint32_t* const packed = reinterpret_cast<uint32_t*>(scratch.take(x.words() * 4));
       for (int64_t r = 0; r < x.packed_rows(); ++r) x.pack(r, packed);
       alignas(64) float tile[(kFewRows + kFewVectors * kFewInVector) * kItem];
 #pragma omp for schedule(static)
