@@ -14,8 +14,8 @@ namespace winnow {
 namespace WINNOW_ISA {
 
 #if defined(WINNOW_ISA_avx512)
-constexpr int kFewTogether = 4;                             // weight rows that share a load of x
-constexpr int kFewVectors = 6;                              // vectors of x at a time, at most
+constexpr int kFewTogether = 4;                                  // weight rows that share a load of x
+constexpr int kFewVectors = 6;                                   // vectors of x at a time, at most
 constexpr int kFewWords = 4, kFewInVector = kLanes / kFewWords;  // words in a broadcast, rows of x in a vector
 
 // Words 4 n .. 4 n + 3 in every four lanes.
@@ -25,12 +25,12 @@ static inline Vec splat_four(const void* words) {
 
 // Lane 4 i + r: the sum of lanes 4 i .. 4 i + 3 of v[r].
 static inline Vec sum_fours(const Vec* v) {
-  const VecInt lane = iota();
+  const VecInt place = iota() & 3;
   Vec sums = {};
 #pragma GCC unroll 4
   for (int r = 0; r < kFewTogether; ++r) {
-    const Vec pairs = v[r] + __builtin_shuffle(v[r], lane ^ 1);
-    sums = (lane & 3) == r ? pairs + __builtin_shuffle(pairs, lane ^ 2) : sums;
+    const Vec pairs = v[r] + (Vec)_mm512_permute_ps((__m512)v[r], 0xb1);
+    sums = place == r ? pairs + (Vec)_mm512_permute_ps((__m512)pairs, 0x4e) : sums;
   }
   return sums;
 }

@@ -25,9 +25,11 @@ constexpr int64_t kWords = 1024;                 // words of each output in a sl
 constexpr int64_t kStripsBytes = 16 << 20;       // packed rows of x, at most
 constexpr int kAheadWeights = 1024, kAheadRows = 3072;  // bytes
 constexpr int64_t kLeastStrips = 24;  // that are worth packing a slab
-constexpr int64_t kFewRows = 96;      // as which weights need not be packed
-constexpr double kSerialProducts = 1 << 18;   // below this, waking another thread does not pay
-constexpr int64_t kSerialBytes = 1 << 16;     // of weights for few rows: likewise
+// As which weights need not be packed. More are rather a chunk of a prompt, to be summed up like the whole prompt.
+constexpr int64_t kFewRows = 48;
+constexpr int64_t kAloneRows = 8;            // that threads need not pack together
+constexpr double kSerialProducts = 1 << 18;  // below this, waking another thread does not pay
+constexpr int64_t kSerialBytes = 1 << 16;    // of weights for few rows: likewise
 static_assert(kItem % kColumns == 0 && kColumns % kPanel == 0, "micro-tiles fill a slab, panels a micro-tile");
 static_assert(kWords % kRun == 0, "runs fill a slab");
 
@@ -108,11 +110,19 @@ class Matmul {
     const int threads = a_.outer * a_.inner * int64_t(sizeof *w) < kSerialBytes ? 1 : omp_get_max_threads();
     const FewRows<Way> x(static_cast<const Input*>(a_.x), a_.x_stride, a_.rows, a_.inner);
     const int64_t items = (outputs_ + kOutputs - 1) / kOutputs, ahead = kFewTogether * a_.w_stride * int64_t(sizeof *w);
+    // Very few rows every thread packs for itself: that takes no longer than waiting for one that does.
+    const bool alone = a_.rows <= kAloneRows;
+    uint32_t* const shared = alone ? nullptr : reinterpret_cast<uint32_t*>(scratch.take(x.words() * 4));
 #pragma omp parallel num_threads(threads)
     {
-      // Every thread packs all of x for itself: that takes no longer than waiting for one that does.
-      uint32_t* const packed = reinterpret_cast<uint32_t*>(scratch.take(x.words() * 4));
-      for (int64_t r = 0; r < x.packed_rows(); ++r) x.pack(r, packed);
+      uint32_t* packed = shared;
+      if (alone) {
+        packed = reinterpret_cast<uint32_t*>(scratch.take(x.words() * 4));
+        for (int64_t r = 0; r < x.packed_rows(); ++r) x.pack(r, packed);
+      } else {
+#pragma omp for schedule(static)
+        for (int64_t r = 0; r < x.packed_rows(); ++r) x.pack(r, packed);
+      }
       alignas(64) float tile[(kFewRows + kFewVectors * kFewInVector) * kItem];
 #pragma omp for schedule(static)
       for (int64_t i = 0; i < items; ++i) {

@@ -31,7 +31,7 @@ def matmul(x_RK: Tensor, w_NK: Tensor, bias_N: Tensor | None = None, *, backend:
     -------
     Tensor
         ``[R, N]`` in the dtype of ``x``; natively summed in float32 and rounded once. With AVX-512, up to
-        96 rows are summed up alike: a row gives the same bits whatever batch it comes in.
+        48 rows are summed up alike: a row gives the same bits whatever batch it comes in.
 
     Raises
     ------
