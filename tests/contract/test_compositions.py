@@ -146,8 +146,8 @@ def test_chunked_prefill_equals_whole_prefill(model, name):
     if "chunked equals whole" in getattr(made.generation, "exempt", {}):
         pytest.skip("its pattern depends on the chunk's last queries")
     whole = answer(winnow.load(model, recipe=made), prompt(260))
-    # Sums of a chunk are added up in another order. A value that lies between two codes of a quantiser may then get
-    # the other one, which is more than rounding: one such code of two bits moved a logarithm by 1.4e-3.
+    # Sums of a chunk are added up in another order. A value that lies between two codes of a quantiser may
+    # then get the other one, which is more than rounding: a code of two bits moved a logarithm by 1.4e-3.
     exact = {kind.split("/")[1] for kind in whole.stats.bytes_stored} == {"raw"}
     chunked = answer(winnow.load(model, recipe=made, max_num_batched_tokens=64), prompt(260))
     alike(chunked, whole, atol=5e-4 if exact else 5e-3)
