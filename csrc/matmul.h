@@ -1,4 +1,4 @@
-// Products of many rows with a large matrix, out = x @ w^T + bias, bound by arithmetic. See src/winnow/kernels/matmul.
+// Products of rows with a large matrix, out = x @ w^T + bias. See src/winnow/kernels/matmul.
 // The gated one holds gate and then up weights: out = silu(gate) * up, half as wide.
 #pragma once
 #include "matvec.h"  // Dtype

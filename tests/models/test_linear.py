@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tests.parity.families import make
 from torch import nn
-from transformers import GemmaConfig, GemmaForCausalLM
 
 from winnow.models import linear
 from winnow.models.hf import HFModel
@@ -69,20 +69,10 @@ def test_a_subclass_keeps_its_own_forward() -> None:
 
 
 def test_the_twin_multiplies_natively_with_the_user_s_parameters(products: list[int]) -> None:
-    torch.manual_seed(0)
-    config = GemmaConfig(
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=16,
-    )
-    model = GemmaForCausalLM(config).eval()
+    model = make("gemma2")
     twin = HFModel(model).module
     # Its probe: four products of attention and three of the feed-forward part in a layer, then the head.
-    assert len(products) == 2 * 7 + 1
+    assert len(products) == 7 * model.config.num_hidden_layers + 1
     assert {type(m) for m in model.modules() if isinstance(m, nn.Linear)} == {nn.Linear}
     assert {type(m) for m in twin.modules() if isinstance(m, nn.Linear)} == {NativeLinear}
     assert all(a is b for a, b in zip(model.parameters(), twin.parameters(), strict=True))

@@ -12,7 +12,7 @@ from .weights import Int8Weight, quantize_weight
 __all__ = ["MAX_ROWS", "Int8Weight", "matvec", "quantize_weight"]
 
 MAX_ROWS = native.MAX_ROWS
-"""Rows that share one pass over the weights. Above it, ``torch.nn.functional.linear`` is the better call."""
+"""Rows that share one pass over the weights. Above it, ``winnow.kernels.matmul`` is the better call."""
 
 
 def matvec(x_RK: Tensor, w_NK: Tensor | Int8Weight, *, backend: Backend = "auto") -> Tensor:
@@ -22,7 +22,7 @@ def matvec(x_RK: Tensor, w_NK: Tensor | Int8Weight, *, backend: Backend = "auto"
     ----------
     x_RK : Tensor
         ``[R, K]`` float32 or bfloat16, the last dimension contiguous. Any ``R`` works; the native
-        kernel reads the weights once per ``MAX_ROWS`` rows.
+        kernel reads the weights at most once per ``MAX_ROWS`` rows.
     w_NK : Tensor or Int8Weight
         ``[N, K]`` float32, bfloat16 or 8-bit, the last dimension contiguous. With 8-bit weights each
         row of ``x`` is rounded to 8 bits too, by its own largest magnitude, and the products are
